@@ -1,0 +1,1 @@
+"""Test harness for nested virtualization on AMD (nSVM)."""

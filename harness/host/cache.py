@@ -1,0 +1,95 @@
+"""The user's cache: everything downloaded or built that outlives one run.
+
+`$NSVM_CACHE`, else `$XDG_CACHE_HOME/nsvm`, else `~/.cache/nsvm`. Entries are keyed by their inputs and
+appear atomically, so a run that is killed leaves no half of one behind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from harness.errors import HostError
+
+
+def cache_dir() -> Path:
+    """Return the cache's root, created if need be."""
+    explicit = os.environ.get("NSVM_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = Path(explicit) if explicit else Path(base) / "nsvm"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise HostError(f"cache directory {root}: {e.strerror} (set NSVM_CACHE)") from e
+    return root
+
+
+@contextmanager
+def locked(name: str, timeout_s: float = 600) -> Iterator[None]:
+    """Hold the cache's lock called `name`; two runs never build the same entry at once.
+
+    Raises:
+        HostError: another process held it for `timeout_s` seconds.
+    """
+    path = cache_dir() / "locks" / name
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w") as lock:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise HostError(f"waited {timeout_s:.0f} s for the lock {path}") from None
+                time.sleep(0.05)
+        yield
+
+
+def build_file(path: Path, write: Callable[[Path], None]) -> Path:
+    """Return `path`, made by `write(temporary)` and renamed into place if it was not there.
+
+    Raises:
+        HostError: no space, or the cache is not writable; nothing is left behind.
+    """
+    if path.exists():
+        return path
+    with locked(path.name):
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            write(temporary)
+            temporary.rename(path)
+        except OSError as e:
+            raise HostError(f"cannot write {path}: {e.strerror or e}") from e
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def build_dir(path: Path, fill: Callable[[Path], None]) -> Path:
+    """Return the directory `path`, filled by `fill(temporary)` if it was not there."""
+    if path.exists():
+        return path
+    with locked(path.name):
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            fill(temporary)
+            temporary.chmod(0o755)
+            temporary.rename(path)
+        except OSError as e:
+            raise HostError(f"cannot write {path}: {e.strerror or e}") from e
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return path

@@ -1,0 +1,133 @@
+"""This machine as a host: the agent runs as a child process, on the machine's own kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from harness.errors import HostError, HostLost
+from harness.facts import HostView, kvm_device
+from harness.host.bundle import PRELOAD, build_images, tree_root
+from harness.host.session import Event, Session
+
+_STOP_S = 10.0
+
+
+class ProcessPipe:
+    """The channel over a child's standard input and output."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None  # noqa: S101
+        assert process.stdout is not None  # noqa: S101
+        self._in = process.stdin
+        self._out = process.stdout
+
+    def fileno(self) -> int:
+        """Return the descriptor to poll."""
+        return self._out.fileno()
+
+    def receive(self) -> bytes:
+        """Return what is there; empty at the end."""
+        return os.read(self._out.fileno(), 1 << 16)
+
+    def transmit(self, data: bytes) -> None:
+        """Send all of it."""
+        self._in.write(data)
+        self._in.flush()
+
+
+class LocalHost:
+    """This machine. Its module parameters are what they are; `params` must already hold."""
+
+    kind = "local"
+
+    def __init__(self, params: Mapping[str, str] | None = None) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._params = dict(params or {})
+        self._hello: Event = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what results record of this host."""
+        return {
+            "kind": self.kind,
+            "kernel": self._hello.get("release", os.uname().release),
+            "kernel_version": self._hello.get("version", os.uname().version),
+            "kernel_origin": "this machine",
+            "params": self._hello.get("params", {}),
+            "cpus": os.cpu_count(),
+            "qemu_version": None,
+            "silicon": _cpu_model(),
+        }
+
+    def start(self) -> Session:
+        """Start the agent.
+
+        Raises:
+            HostError: /dev/kvm is there and may not be used, or the agent does not come up.
+        """
+        self.close()
+        kvm_device(HostView())
+        agent = Path(__file__).with_name("agent.py")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(tree_root()),
+            "NSVM_IMAGES": str(build_images()),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, str(agent)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,
+        )
+        session = Session(ProcessPipe(self._process), self._why_dead)
+        try:
+            session.wait_for("ready", 30)
+            self._hello = session.hello()
+            session.preload(list(PRELOAD))
+        except HostLost as e:
+            raise HostError(f"the local agent did not come up: {e}") from e
+        return session
+
+    def _why_dead(self, reason: str) -> HostLost:
+        status = self._process.poll() if self._process else None
+        return HostLost(reason if status is None else f"the agent ended with status {status}")
+
+    def close(self) -> None:
+        """End the agent; a running call is told to clean up first."""
+        if self._process is None:
+            return
+        process, self._process = self._process, None
+        for pipe in (process.stdin, process.stdout):
+            if pipe:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(_STOP_S)
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown"

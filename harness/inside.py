@@ -1,0 +1,62 @@
+"""What the agent calls inside a host. Standard library only."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import traceback
+from typing import Any
+
+from harness.errors import HarnessError, HostError, ScenarioFailure, Unsupported
+from harness.facts import HostView
+from harness.scenarios.case import Case, Scenario, scenario_of
+from harness.scenarios.context import Context, Emit
+from harness.scenarios.measure import measure_nested_memory
+from kvm_ioctl.request import KvmError
+
+__all__ = ["check_needs", "measure_nested_memory", "ping", "run_case"]
+
+
+def ping(emit: Emit) -> int:
+    """Return the process id of this call: a sign of life."""
+    return os.getpid()
+
+
+def check_needs(declared: Scenario, host: HostView) -> None:
+    """Ask the host every fact that the scenario needs.
+
+    Raises:
+        Unsupported: a fact says no; the message is its evidence.
+        HostError: the host cannot answer, which is not "no".
+    """
+    for need in declared.needs:
+        fact = need(host)
+        if not fact.holds:
+            raise Unsupported(f"{need.__name__}: {fact.evidence}")
+
+
+def run_case(emit: Emit, module: str, name: str, values: dict[str, Any]) -> dict[str, str]:
+    """Run one case; return its verdict (PASS, FAIL, SKIP or ERROR) and the reason.
+
+    A `KvmError` that escapes the scenario's body is KVM's answer to something that must work: FAIL.
+    """
+    declared = scenario_of(getattr(importlib.import_module(module), name))
+    if declared is None:
+        raise HarnessError(f"{module}.{name} is no scenario")
+    case = Case(declared, values)
+    try:
+        check_needs(declared, HostView())
+        with Context(emit) as context:
+            case.scenario.function(context, **case.values)
+    except Unsupported as e:
+        return {"verdict": "SKIP", "reason": str(e)}
+    except ScenarioFailure as e:
+        return {"verdict": "FAIL", "reason": str(e), "trace": traceback.format_exc()}
+    except HostError as e:
+        return {"verdict": "ERROR", "reason": str(e), "trace": traceback.format_exc()}
+    except KvmError as e:
+        return {"verdict": "FAIL", "reason": str(e), "trace": traceback.format_exc()}
+    except Exception as e:
+        reason = f"{type(e).__name__}: {e}"
+        return {"verdict": "ERROR", "reason": reason, "trace": traceback.format_exc()}
+    return {"verdict": "PASS", "reason": ""}

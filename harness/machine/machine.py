@@ -1,0 +1,123 @@
+"""A whole virtual machine: memory, image, vCPUs, console."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from harness.machine.addresses import Gpa
+from harness.machine.console import PortBus
+from harness.machine.cpuid import CpuidPolicy
+from harness.machine.entry import entry_regs, entry_sregs, prepare_entry, reserved_memory
+from harness.machine.errors import MachineError
+from harness.machine.loader import Image, read_image
+from harness.machine.memory import SMRAM_AS_ID, GuestMemory
+from harness.machine.vcpu import MachineVcpu
+from harness.machine.watchdog import WATCHDOG
+from kvm_ioctl.capabilities import Cap
+from kvm_ioctl.handles import Kvm, Vm
+from kvm_ioctl.linux_kvm import MpState, kvm_mp_state
+
+_TSS_GPA = 0xFFFB_D000
+"""Three pages that KVM on Intel needs below 4 GiB (KVM_SET_TSS_ADDR)."""
+
+
+class Machine:
+    """A VM with memory, an image and vCPUs that are ready to run it; use it in a `with`."""
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        *,
+        image: Image | Path | str | bytes | None = None,
+        vcpus: int = 1,
+        memory_mib: int = 16,
+        cpuid: CpuidPolicy | None = None,
+        irqchip: bool = False,
+        smm: bool = False,
+        advice: Sequence[int] = (),
+        command_line: str = "",
+    ) -> None:
+        """Build the machine.
+
+        Args:
+            kvm: an open /dev/kvm.
+            image: what the vCPUs shall run; without one they stay at reset.
+            vcpus: how many; their ids are 0 and up.
+            memory_mib: memory from address 0 up, in MiB.
+            cpuid: changes to KVM's supported CPUID; none by default.
+            irqchip: have the interrupt controllers in the kernel.
+            smm: show the memory in the address space of SMM too.
+            advice: `mmap.MADV_*` for the memory.
+            command_line: for multiboot images.
+
+        Raises ImageError: the image cannot be loaded.
+        Raises MachineError: a size that makes no machine.
+        Raises KvmError: KVM refused something.
+
+        """
+        if vcpus < 0 or memory_mib < 1:
+            raise MachineError(f"no machine has {vcpus} vCPUs and {memory_mib} MiB")
+        self.kvm = kvm
+        self.bus = PortBus()
+        self.image = image if image is None or isinstance(image, Image) else read_image(image)
+        self.vcpus: list[MachineVcpu] = []
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            WATCHDOG.install()
+            stack.callback(WATCHDOG.uninstall)
+            # Closed after the VM, which uses the mappings until its end.
+            mappings = stack.enter_context(contextlib.ExitStack())
+            self.vm: Vm = stack.enter_context(kvm.create_vm())
+            self.memory = mappings.enter_context(GuestMemory(self.vm))
+            self._add_memory(memory_mib << 20, smm, advice)
+            self._load(command_line)
+            self._create_vcpus(stack, vcpus, cpuid or CpuidPolicy(), irqchip)
+            self._stack = stack.pop_all()
+
+    @property
+    def console(self) -> str:
+        """Everything that the guest printed on its serial port."""
+        return self.bus.serial.text
+
+    def close(self) -> None:
+        """Destroy the VM and free its memory; a second call does nothing."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _add_memory(self, size_bytes: int, smm: bool, advice: Sequence[int]) -> None:
+        if self.vm.check_extension(Cap.KVM_CAP_SET_TSS_ADDR):
+            self.vm.set_tss_addr(_TSS_GPA)
+        slot = self.memory.add(Gpa(0), size_bytes, advice=advice)
+        if smm:
+            self.memory.alias(slot, as_id=SMRAM_AS_ID)
+
+    def _load(self, command_line: str) -> None:
+        if self.image is not None:
+            self.image.place(self.memory, reserved_memory(self.image.mode))
+            prepare_entry(self.memory, self.image, command_line)
+
+    def _create_vcpus(
+        self, stack: contextlib.ExitStack, count: int, cpuid: CpuidPolicy, irqchip: bool
+    ) -> None:
+        if irqchip:
+            self.vm.create_irqchip()
+        supported = self.kvm.supported_cpuid()
+        for index in range(count):
+            vcpu = stack.enter_context(self.vm.create_vcpu(index))
+            # Before SREGS: newer kernels check EFER there against CPUID.
+            vcpu.set_cpuid2(cpuid.entries(supported, index, count))
+            if self.image is not None:
+                vcpu.set_sregs(entry_sregs(vcpu.get_sregs(), self.image.mode))
+                vcpu.set_regs(entry_regs(self.image, index))
+                if irqchip:
+                    # With a local APIC in the kernel all but vCPU 0 wait for a SIPI.
+                    vcpu.set_mp_state(kvm_mp_state(mp_state=MpState.KVM_MP_STATE_RUNNABLE))
+            self.vcpus.append(MachineVcpu(index, vcpu, self.vm, self.memory, self.bus))

@@ -1,0 +1,232 @@
+"""Guest memory: anonymous mappings, one per slot, read and written by guest-physical address."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, Self, TypeVar
+
+from harness.machine.addresses import Gpa, Hva
+from harness.machine.errors import GuestMemoryError
+from kvm_ioctl.cstruct import CStruct
+
+PAGE_SIZE = mmap.PAGESIZE
+_ZERO_PAGE = bytes(PAGE_SIZE)
+
+SMRAM_AS_ID = 1
+"""The address space that a vCPU in SMM sees (KVM_CAP_MULTI_ADDRESS_SPACE)."""
+
+T = TypeVar("T", bound=CStruct)
+
+
+class SlotHost(Protocol):
+    """The part of a VM that memory slots need."""
+
+    def set_user_memory_region(
+        self, slot: int, gpa: int, hva: int, size: int, flags: int = 0, as_id: int = 0
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION."""
+
+    def delete_memory_region(self, slot: int, as_id: int = 0) -> None:
+        """The same with size 0."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One memory slot: where the guest sees which part of this process."""
+
+    number: int
+    gpa: Gpa
+    size_bytes: int
+    as_id: int
+    backing: mmap.mmap
+
+    @property
+    def end(self) -> Gpa:
+        """The first address past the slot."""
+        return Gpa(self.gpa + self.size_bytes)
+
+    @property
+    def hva(self) -> Hva:
+        """Where the slot starts in this process."""
+        # The c_char is dropped at once: as long as it lives, the mapping cannot be closed.
+        return Hva(ctypes.addressof(ctypes.c_char.from_buffer(self.backing)))
+
+    def __str__(self) -> str:
+        return f"slot {self.number} (as_id {self.as_id}, {self.gpa:#x}-{self.end - 1:#x})"
+
+
+class GuestMemory:
+    """All memory slots of one VM; owns their mappings."""
+
+    def __init__(self, vm: SlotHost) -> None:
+        self._vm = vm
+        self._slots: dict[tuple[int, int], Slot] = {}
+
+    def add(
+        self,
+        gpa: Gpa,
+        size_bytes: int,
+        *,
+        as_id: int = 0,
+        flags: int = 0,
+        advice: Iterable[int] = (),
+    ) -> Slot:
+        """Give the guest fresh zeroed memory.
+
+        Args:
+            gpa: where the guest sees it, a multiple of the page size.
+            size_bytes: a multiple of the page size.
+            as_id: address space; 1 is what a vCPU in SMM sees.
+            flags: KVM_MEM_*.
+            advice: `mmap.MADV_*` values for the whole mapping.
+
+        Raises GuestMemoryError: misaligned, empty, or in the way of another slot.
+        Raises KvmError: KVM refused the slot.
+
+        """
+        self._check_place(gpa, size_bytes, as_id)
+        backing = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            for option in advice:
+                backing.madvise(option)
+            return self._insert(gpa, as_id, flags, backing)
+        except BaseException:
+            backing.close()
+            raise
+
+    def alias(self, slot: Slot, *, as_id: int, gpa: Gpa | None = None, flags: int = 0) -> Slot:
+        """Show a slot's memory a second time, as in the address space of SMM.
+
+        Raises GuestMemoryError: something else is in the way.
+        Raises KvmError: KVM refused the slot.
+        """
+        place = slot.gpa if gpa is None else gpa
+        self._check_place(place, slot.size_bytes, as_id)
+        return self._insert(place, as_id, flags, slot.backing)
+
+    def remove(self, slot: Slot) -> None:
+        """Take a slot away from the guest; its memory goes with its last slot."""
+        self._vm.delete_memory_region(slot.number, as_id=slot.as_id)
+        del self._slots[slot.as_id, slot.number]
+        if all(other.backing is not slot.backing for other in self._slots.values()):
+            slot.backing.close()
+
+    def slots(self, as_id: int = 0) -> list[Slot]:
+        """Return the slots of one address space, by address."""
+        found = (slot for slot in self._slots.values() if slot.as_id == as_id)
+        return sorted(found, key=lambda slot: slot.gpa)
+
+    def read(self, gpa: Gpa, size_bytes: int, as_id: int = 0) -> bytes:
+        """Return bytes from guest memory; may cross slots that touch.
+
+        Raises GuestMemoryError: some of it is in no slot.
+        """
+        parts = [
+            slot.backing[start : start + count]
+            for slot, start, count in self._pieces(gpa, size_bytes, as_id, "read")
+        ]
+        return b"".join(parts)
+
+    def write(self, gpa: Gpa, data: bytes | bytearray | memoryview, as_id: int = 0) -> None:
+        """Write bytes to guest memory; nothing is written unless all of it fits.
+
+        Raises GuestMemoryError: some of it is in no slot.
+        """
+        done = 0
+        for slot, start, count in list(self._pieces(gpa, len(data), as_id, "write")):
+            slot.backing[start : start + count] = bytes(data[done : done + count])
+            done += count
+
+    def zero(self, gpa: Gpa, size_bytes: int, as_id: int = 0) -> None:
+        """Zero guest memory; pages that are zero stay untouched, and so unpopulated.
+
+        Raises GuestMemoryError: some of it is in no slot.
+        """
+        for slot, start, count in list(self._pieces(gpa, size_bytes, as_id, "zero")):
+            for at, size in _by_page(start, count):
+                if slot.backing[at : at + size] != _ZERO_PAGE[:size]:
+                    slot.backing[at : at + size] = _ZERO_PAGE[:size]
+
+    def read_int(self, gpa: Gpa, size_bytes: int, as_id: int = 0) -> int:
+        """Return a little-endian integer from guest memory."""
+        return int.from_bytes(self.read(gpa, size_bytes, as_id), "little")
+
+    def write_int(self, gpa: Gpa, size_bytes: int, value: int, as_id: int = 0) -> None:
+        """Write a little-endian integer to guest memory."""
+        self.write(gpa, value.to_bytes(size_bytes, "little"), as_id)
+
+    def read_struct(self, kind: type[T], gpa: Gpa, as_id: int = 0) -> T:
+        """Return a copy of a struct in guest memory."""
+        return kind.from_bytes(self.read(gpa, ctypes.sizeof(kind), as_id))
+
+    def write_struct(self, gpa: Gpa, struct: CStruct, as_id: int = 0) -> None:
+        """Write a struct to guest memory."""
+        self.write(gpa, struct.as_bytes(), as_id)
+
+    def close(self) -> None:
+        """Unmap everything. The VM must be gone first, or it would use freed addresses."""
+        backings = {id(slot.backing): slot.backing for slot in self._slots.values()}
+        self._slots.clear()
+        for backing in backings.values():
+            backing.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _insert(self, gpa: Gpa, as_id: int, flags: int, backing: mmap.mmap) -> Slot:
+        used = {number for space, number in self._slots if space == as_id}
+        number = next(n for n in range(len(used) + 1) if n not in used)
+        slot = Slot(number, gpa, len(backing), as_id, backing)
+        self._vm.set_user_memory_region(
+            number, slot.gpa, slot.hva, slot.size_bytes, flags=flags, as_id=as_id
+        )
+        self._slots[as_id, number] = slot
+        return slot
+
+    def _check_place(self, gpa: Gpa, size_bytes: int, as_id: int) -> None:
+        what = f"slot at gpa {gpa:#x} of {size_bytes:#x} bytes (as_id {as_id})"
+        if gpa < 0 or gpa % PAGE_SIZE or size_bytes % PAGE_SIZE or size_bytes <= 0:
+            raise GuestMemoryError(f"{what}: address and size must be whole pages")
+        for other in self.slots(as_id):
+            if gpa < other.end and other.gpa < gpa + size_bytes:
+                raise GuestMemoryError(f"{what} overlaps {other}")
+
+    def _pieces(
+        self, gpa: Gpa, size_bytes: int, as_id: int, verb: str
+    ) -> Iterator[tuple[Slot, int, int]]:
+        """Yield (slot, offset in it, bytes) over a range of guest memory."""
+        at, end = int(gpa), gpa + size_bytes
+        if size_bytes < 0:
+            raise GuestMemoryError(f"{verb} of {size_bytes} bytes at gpa {gpa:#x}")
+        while at < end:
+            slot = next((s for s in self.slots(as_id) if s.gpa <= at < s.end), None)
+            if slot is None:
+                raise GuestMemoryError(
+                    f"{verb} of {size_bytes:#x} bytes at gpa {gpa:#x} (as_id {as_id}): "
+                    f"no slot at {at:#x}{self._nearest(at, as_id)}"
+                )
+            count = min(end, slot.end) - at
+            yield slot, at - slot.gpa, count
+            at += count
+
+    def _nearest(self, gpa: int, as_id: int) -> str:
+        slots = self.slots(as_id)
+        if not slots:
+            return ", there are no slots"
+        nearest = min(slots, key=lambda s: min(abs(s.gpa - gpa), abs(s.end - 1 - gpa)))
+        return f", nearest is {nearest}"
+
+
+def _by_page(start: int, size_bytes: int) -> Iterator[tuple[int, int]]:
+    """Split a range at page boundaries into (start, bytes)."""
+    end = start + size_bytes
+    while start < end:
+        count = min(PAGE_SIZE - start % PAGE_SIZE, end - start)
+        yield start, count
+        start += count

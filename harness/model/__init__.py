@@ -1,0 +1,1 @@
+"""The userspace model of nested state: pure Python, no I/O. It predicts; it never touches a VM."""

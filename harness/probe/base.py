@@ -1,0 +1,38 @@
+"""What all memory probes have in common."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Protocol, Self
+
+
+class MemoryProbe(Protocol):
+    """Counts the bytes that the kernel holds for this process's VMs.
+
+    A context manager: entering arms it, leaving gives the machine back as it was. Only differences
+    between readings mean anything.
+    """
+
+    #: How results name it.
+    name: str
+
+    def pause(self) -> None:
+        """Stop recording, where the probe records: readings themselves must not be seen."""
+
+    def resume(self) -> None:
+        """Record from now on."""
+
+    def read_bytes(self) -> int:
+        """Return the bytes held now, relative to an arbitrary but fixed origin."""
+
+    def resolution_bytes(self) -> int:
+        """Return by how much one reading may be off."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...

@@ -1,0 +1,140 @@
+"""Probe: function events on KVM's allocate and free functions, and on the page allocator below them.
+
+Kprobes bracket `svm_allocate_nested` and `svm_free_nested`; between entry and return on the same thread,
+each call of the page allocator is counted by its `order` argument and its result. Nothing here depends on
+the allocator's trace points or on stack unwinding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from harness.errors import HarnessError, HostError
+from harness.probe.tracefs import TRACEFS, TraceEvent, TraceInstance, write
+
+PAGE_SIZE = 4096
+
+#: The allocator's innermost common function, newest name first: (gfp, order, ...) -> page.
+_ALLOC = ("__alloc_frozen_pages_noprof", "__alloc_pages_noprof", "__alloc_pages",
+          "__alloc_pages_nodemask")  # fmt: skip
+#: (page, order). `free_pages` takes an address and ends here too.
+_FREE = ("___free_pages", "__free_pages")
+
+
+@dataclass
+class _Bracket:
+    """What one thread is inside of."""
+
+    function: str = ""
+    order: int = 0
+
+
+@dataclass
+class FunctionProbe:
+    """Counts pages that pass between KVM's nested allocate/free functions and the page allocator."""
+
+    name: str = "functions"
+    total: int = 0
+    #: Calls of `svm_allocate_nested` that allocated, and of `svm_free_nested` that freed.
+    allocations: int = 0
+    frees: int = 0
+    _trace: TraceInstance = field(default_factory=lambda: TraceInstance("functions"))
+    _defined: list[str] = field(default_factory=list)
+    _brackets: dict[int, _Bracket] = field(default_factory=dict)
+
+    @property
+    def _group(self) -> str:
+        return f"nsvm_{os.getpid()}"
+
+    def __enter__(self) -> Self:
+        self._trace.__enter__()
+        try:
+            self._define("p", "enter_alloc", ("svm_allocate_nested",))
+            self._define("r", "leave_alloc", ("svm_allocate_nested",))
+            self._define("p", "enter_free", ("svm_free_nested",))
+            self._define("r", "leave_free", ("svm_free_nested",))
+            allocator = self._define("p", "page_alloc", _ALLOC, "order=%si:u32")
+            self._define("r", "page_alloced", (allocator,), "page=$retval:x64")
+            self._define("p", "page_free", _FREE, "order=%si:u32")
+            for event in self._defined:
+                self._trace.enable(event)
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._remove()
+
+    def _define(self, kind: str, name: str, functions: Sequence[str], fields: str = "") -> str:
+        """Define a probe on the first of `functions` that this kernel has; return which.
+
+        Trying costs less than looking a name up in /proc/kallsyms.
+        """
+        control = TRACEFS / "kprobe_events"
+        if not control.exists():
+            raise HostError("this kernel has no kprobe events (CONFIG_KPROBE_EVENTS)")
+        refusals = []
+        for function in functions:
+            definition = f"{kind}:{self._group}/{name} {function} {fields}".rstrip()
+            try:
+                write(control, definition + "\n", append=True)
+            except HostError as e:
+                refusals.append(str(e))
+                continue
+            self._defined.append(f"{self._group}/{name}")
+            return function
+        raise HostError(f"no function event on {' or '.join(functions)}: {refusals[-1]}")
+
+    def _remove(self) -> None:
+        # The instance first: an enabled probe cannot be removed.
+        self._trace.__exit__(None, None, None)
+        for event in self._defined:
+            write(TRACEFS / "kprobe_events", f"-:{event}\n", append=True)
+        self._defined.clear()
+
+    def _account(self, event: TraceEvent) -> None:
+        bracket = self._brackets.setdefault(event.tid, _Bracket())
+        if event.name.startswith("enter_"):
+            bracket.function = event.name[6:]
+        elif event.name.startswith("leave_"):
+            bracket.function = ""
+        elif event.name == "page_alloc":
+            bracket.order = int(event.fields["order"])
+        elif event.name == "page_alloced" and bracket.function == "alloc":
+            if int(event.fields["page"], 0):
+                self.total += PAGE_SIZE << bracket.order
+                self.allocations += 1
+        elif event.name == "page_free" and bracket.function == "free":
+            self.total -= PAGE_SIZE << int(event.fields["order"])
+            self.frees += 1
+
+    def pause(self) -> None:
+        """Stop recording; while paused, nothing that KVM allocates or frees is seen."""
+        self._trace.pause()
+
+    def resume(self) -> None:
+        """Record from now on."""
+        self._trace.resume()
+
+    def read_bytes(self) -> int:
+        """Return the bytes allocated less those freed within the two functions since arming."""
+        for event in self._trace.take():
+            self._account(event)
+        for tid, bracket in self._brackets.items():
+            if bracket.function:
+                raise HarnessError(f"thread {tid} entered {bracket.function} and did not return")
+        return self.total
+
+    def resolution_bytes(self) -> int:
+        """Return 0: every call is seen."""
+        return 0

@@ -1,0 +1,111 @@
+"""Probe: the page allocator's own events, with the call sites.
+
+Events `kmem:mm_page_alloc` and `kmem:mm_page_free` with kernel stacks, kept as a ledger by page frame
+number. Counted is what was allocated below an ioctl on a KVM file descriptor, slab pages excepted: those
+are shared caches, and grow when they please.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from harness.errors import HarnessError
+from harness.probe.tracefs import TraceEvent, TraceInstance
+
+PAGE_SIZE = 4096
+
+#: Where userspace enters KVM; the same names from 5.10 to 7.3.
+_ENTRIES = {"kvm_vcpu_ioctl", "kvm_vm_ioctl", "kvm_dev_ioctl"}
+_SLAB = re.compile(r"^(allocate_slab|new_slab|___slab_alloc)$")
+#: Frames of the tracer and of the allocator itself, passed over to find who asked for memory.
+_ALLOCATOR = re.compile(
+    r"^(trace_event_raw_event_|__?alloc_|alloc_pages|__?get_free_pages|get_zeroed_page|__?folio_alloc|"
+    r"__?kmalloc|___kmalloc|kmem_cache_|__?vmalloc|vzalloc|__kvmalloc|kvmalloc|___?alloc|post_alloc)"
+)
+
+
+@dataclass(frozen=True)
+class CallSite:
+    """Who asked for a block: the function, the block's order, and the callers up to the ioctl."""
+
+    function: str
+    order: int
+    via: tuple[str, ...]
+
+
+def call_site(event: TraceEvent) -> CallSite | None:
+    """Return the KVM call site of an allocation; None if KVM did not ask for it, or only for slab."""
+    entry = next((n for n, frame in enumerate(event.stack) if frame in _ENTRIES), None)
+    if entry is None or any(_SLAB.match(frame) for frame in event.stack):
+        return None
+    inner = [frame for frame in event.stack[: entry + 1] if not _ALLOCATOR.match(frame)]
+    return CallSite(inner[0], int(event.fields["order"]), tuple(inner[1:]))
+
+
+class PageAllocProbe:
+    """Counts pages one by one; exact, as long as no event is lost."""
+
+    name = "page_alloc"
+
+    def __init__(self) -> None:
+        self._trace = TraceInstance("pages", stacks=True)
+        self._held: dict[int, CallSite] = {}
+        #: Every allocation seen since arming, freed or not.
+        self.sites: Counter[CallSite] = Counter()
+
+    def __enter__(self) -> Self:
+        self._trace.__enter__()
+        try:
+            for event in ("kmem/mm_page_alloc", "kmem/mm_page_free"):
+                self._trace.enable(event)
+        except BaseException:
+            self._trace.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._trace.__exit__(kind, error, trace)
+
+    def _update(self) -> None:
+        for event in self._trace.take():
+            if event.name == "mm_page_alloc":
+                # A failed allocation is an event too, with no page.
+                if event.fields["page"] in ("(nil)", "0") or not (site := call_site(event)):
+                    continue
+                if not event.stack:
+                    raise HarnessError("an allocation event came without its stack")
+                self._held[int(event.fields["pfn"], 0)] = site
+                self.sites[site] += 1
+            elif event.name == "mm_page_free":
+                self._held.pop(int(event.fields["pfn"], 0), None)
+
+    def pause(self) -> None:
+        """Stop recording; while paused, nothing that KVM allocates or frees is seen."""
+        self._trace.pause()
+
+    def resume(self) -> None:
+        """Record from now on."""
+        self._trace.resume()
+
+    def read_bytes(self) -> int:
+        """Return the bytes of all blocks that were allocated since arming and not freed."""
+        self._update()
+        return sum(PAGE_SIZE << site.order for site in self._held.values())
+
+    def held_sites(self) -> Counter[CallSite]:
+        """Return who holds how many blocks at this moment."""
+        self._update()
+        return Counter(self._held.values())
+
+    def resolution_bytes(self) -> int:
+        """Return 0: every block is seen."""
+        return 0

@@ -1,0 +1,184 @@
+"""A trace instance of our own: its buffer, its events, its options, and nobody else's.
+
+Documentation/trace/ftrace.rst, "Instances". The instance is removed on leaving; instances of processes
+that were killed are removed by the next one that arms a probe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from harness.errors import HarnessError, HostError
+
+TRACEFS = Path("/sys/kernel/tracing")
+_PREFIX = "nsvm-"
+
+
+@dataclass(frozen=True)
+class TraceEvent:
+    """One recorded event: thread, name, fields as printed, kernel stack (innermost first)."""
+
+    tid: int
+    name: str
+    fields: dict[str, str]
+    stack: tuple[str, ...] = ()
+
+
+def write(path: Path, text: str, *, append: bool = False) -> None:
+    """Write a control file; a refusal names the file.
+
+    Raises:
+        HostError: no permission, or the kernel does not take it.
+    """
+    # Not open(): its seek to the end is refused by the kernel's sequence files.
+    flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_APPEND if append else os.O_TRUNC)
+    try:
+        file = os.open(path, flags)
+        try:
+            os.write(file, text.encode())
+        finally:
+            os.close(file)
+    except OSError as e:
+        raise HostError(f"{path}: writing {text.strip()!r}: {e.strerror}") from e
+
+
+def require_tracefs() -> None:
+    """Check that tracefs is there and ours to use.
+
+    Raises:
+        HostError: it is not mounted, or not accessible.
+    """
+    if not (TRACEFS / "instances").is_dir():
+        raise HostError(f"tracefs is not available at {TRACEFS} (mounted? readable? root needed)")
+    if not os.access(TRACEFS / "instances", os.W_OK):
+        raise HostError(f"no permission to create trace instances in {TRACEFS} (root needed)")
+
+
+class TraceInstance:
+    """A context manager around one instance, which records this process only.
+
+    It records nothing until `resume`: reading the buffer allocates pages, and so would be recorded.
+    """
+
+    def __init__(self, label: str, *, buffer_kib: int = 16384, stacks: bool = False) -> None:
+        self.path = TRACEFS / "instances" / f"{_PREFIX}{label}-{os.getpid()}"
+        self._buffer_kib = buffer_kib
+        self._stacks = stacks
+
+    def __enter__(self) -> Self:
+        require_tracefs()
+        remove_leftovers()
+        try:
+            self.path.mkdir()
+        except OSError as e:
+            raise HostError(f"trace instance {self.path}: {e.strerror}") from e
+        try:
+            self.pause()
+            write(self.path / "buffer_size_kb", str(self._buffer_kib))
+            write(self.path / "options/event-fork", "1")
+            write(self.path / "options/stacktrace", "1" if self._stacks else "0")
+            threads = sorted(int(p.name) for p in Path("/proc/self/task").iterdir())
+            write(self.path / "set_event_pid", " ".join(map(str, threads)))
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        write(self.path / "tracing_on", "0")
+        write(self.path / "events/enable", "0")
+        self.path.rmdir()
+
+    def pause(self) -> None:
+        """Stop recording; what was recorded stays."""
+        write(self.path / "tracing_on", "0")
+
+    def resume(self) -> None:
+        """Record from now on."""
+        write(self.path / "tracing_on", "1")
+
+    def enable(self, event: str) -> None:
+        """Start recording ``group/name``."""
+        write(self.path / "events" / event / "enable", "1")
+
+    def take(self) -> list[TraceEvent]:
+        """Return what was recorded since the last call, and forget it.
+
+        Raises:
+            HarnessError: the buffer was too small and events are lost.
+        """
+        text = (self.path / "trace").read_text()
+        self._check_overruns()
+        write(self.path / "trace", "")
+        return list(parse(text))
+
+    def _check_overruns(self) -> None:
+        for stats in self.path.glob("per_cpu/cpu*/stats"):
+            lost = re.search(r"^overrun: (\d+)", stats.read_text(), re.M)
+            if lost and int(lost[1]):
+                raise HarnessError(f"trace buffer too small: {lost[1]} events lost")
+
+
+# "comm-tid [cpu] flags stamp: name: fields"
+_EVENT = re.compile(r"^.*-(\d+)\s+\[\d+\] \S+\s+[\d.]+: (\w+): (.*)$")
+_FIELD = re.compile(r"(\w+)=(\S+)")
+
+
+def parse(text: str) -> Iterator[TraceEvent]:
+    """Yield the events of a ``trace`` file, each with the stack that follows it, if one does."""
+    head: re.Match[str] | None = None
+    stack: list[str] = []
+    for line in text.splitlines():
+        if line.startswith(" => "):
+            stack.append(line[4:].partition("+")[0].strip())
+        elif (match := _EVENT.match(line)) and match[2] != "kernel_stack":
+            if head is not None:
+                yield _event(head, stack)
+            head, stack = match, []
+    if head is not None:
+        yield _event(head, stack)
+
+
+def _event(head: re.Match[str], stack: list[str]) -> TraceEvent:
+    return TraceEvent(int(head[1]), head[2], dict(_FIELD.findall(head[3])), tuple(stack))
+
+
+def remove_leftovers() -> None:
+    """Remove instances and probes of processes of ours that no longer exist."""
+    for instance in (TRACEFS / "instances").glob(f"{_PREFIX}*-*"):
+        if not Path("/proc", instance.name.rpartition("-")[2]).exists():
+            with contextlib.suppress(OSError, HostError):
+                write(instance / "events/enable", "0")
+                instance.rmdir()
+    for line in kprobe_definitions():
+        group = line.split(":", 1)[1].split("/")[0]
+        if group.startswith("nsvm_") and not Path("/proc", group[5:]).exists():
+            with contextlib.suppress(HostError):
+                write(
+                    TRACEFS / "kprobe_events",
+                    f"-:{line.split(':', 1)[1].split()[0]}\n",
+                    append=True,
+                )
+
+
+def kprobe_definitions() -> list[str]:
+    """Return the kernel's dynamic function events; none where the kernel has no kprobes."""
+    try:
+        return (TRACEFS / "kprobe_events").read_text().splitlines()
+    except FileNotFoundError:
+        return []

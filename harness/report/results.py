@@ -1,0 +1,57 @@
+"""results.jsonl: one event per line, written as it happens, so that a crash loses nothing recorded."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from harness.errors import HostError
+
+
+class ResultsFile:
+    """An append-only file of events; every line is complete and flushed before the next is begun."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        except OSError as e:
+            raise HostError(f"cannot write results to {path}: {e.strerror}") from e
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def write(self, event: str, **data: Any) -> None:
+        """Append one event with the wall-clock time.
+
+        Raises:
+            HostError: no space; what was written before is whole.
+        """
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **data}, default=repr)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as e:
+            raise HostError(f"cannot write results to {self.path}: {e.strerror}") from e
+
+
+def read_results(path: Path) -> list[Mapping[str, Any]]:
+    """Return the events of a results file; a last line cut short by a crash is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            events.append(json.loads(line))
+    return events

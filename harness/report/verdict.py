@@ -1,0 +1,45 @@
+"""KernelCI's words for how a case ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Verdict(Enum):
+    """How a case, or a whole measurement, ended."""
+
+    #: KVM did what the scenario claims.
+    PASS = "PASS"
+    #: KVM did what it must not.
+    FAIL = "FAIL"
+    #: Not applicable here; the reason is the evidence.
+    SKIP = "SKIP"
+    #: The harness or the lab broke.
+    ERROR = "ERROR"
+    #: It was to run and never did.
+    MISS = "MISS"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verdict with its reason, in one line, and what backs it."""
+
+    verdict: Verdict
+    reason: str = ""
+    seconds: float = 0.0
+    #: Longer texts by title: traceback, kernel splat, console, output.
+    evidence: dict[str, str] = field(default_factory=dict)
+
+
+def exit_status(verdicts: list[Verdict]) -> int:
+    """Return the exit status of a run.
+
+    0: all that ran passed; 1: something FAILed; 2: ERROR or MISS; 4: nothing ran or all was skipped.
+    """
+    if any(v in (Verdict.ERROR, Verdict.MISS) for v in verdicts):
+        # A FAIL is news about KVM even in a run that is otherwise broken.
+        return 1 if Verdict.FAIL in verdicts else 2
+    if Verdict.FAIL in verdicts:
+        return 1
+    return 0 if Verdict.PASS in verdicts else 4

@@ -1,0 +1,1 @@
+"""Runs scenarios on a host from outside it: collects, calls, judges, records."""

@@ -1,0 +1,124 @@
+"""Choosing a host, and keeping sessions on it: fresh for every case, or shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from harness.errors import HostError
+from harness.facts import HostView, nested_svm
+from harness.host.session import Host, Session
+
+#: The kernel that the emulated host boots unless told otherwise.
+DEFAULT_KERNEL = "6.1"
+
+
+@dataclass(frozen=True)
+class HostChoice:
+    """What the command line says about the host."""
+
+    host: str = "auto"
+    kernel: str | None = None
+    modules: Path | None = None
+
+    def resolved(self, view: HostView | None = None) -> str:
+        """Return ``local`` or ``emulated``; ``auto`` takes local if nested SVM is there.
+
+        Raises:
+            HostError: a choice that contradicts itself.
+        """
+        if self.host == "local" and self.kernel:
+            raise HostError("--kernel chooses the emulated host's kernel; it cannot go with local")
+        if self.host != "auto":
+            return self.host
+        if self.kernel:
+            return "emulated"
+        return "local" if nested_svm(view or HostView()).holds else "emulated"
+
+
+def make_host(
+    choice: HostChoice,
+    params: Mapping[str, str] | None = None,
+    log: Callable[[str], None] = lambda text: None,
+    *,
+    warm: bool = True,
+) -> Host:
+    """Return the chosen host, not started yet.
+
+    Raises:
+        HostError: it cannot be had.
+    """
+    # Imported here: neither kind of host needs what the other one does.
+    if choice.resolved() == "local":
+        from harness.host.local import LocalHost
+
+        return LocalHost(params)
+    from harness.host.emulated import EmulatedHost
+    from harness.host.kernels import resolve
+
+    kernel = resolve(choice.kernel or DEFAULT_KERNEL, choice.modules)
+    return EmulatedHost(kernel, params, warm=warm, log=log)
+
+
+class HostPool:
+    """Sessions by module parameters; a context manager that ends all hosts it started."""
+
+    def __init__(
+        self,
+        choice: HostChoice,
+        *,
+        fresh: bool = True,
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._choice = choice
+        self._fresh = fresh
+        self._log = log
+        self._hosts: dict[tuple[tuple[str, str], ...], Host] = {}
+        self._sessions: dict[Host, Session] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for host in self._hosts.values():
+            host.close()
+        self._hosts.clear()
+        self._sessions.clear()
+
+    def host(self, params: Mapping[str, str]) -> Host:
+        """Return the host for these module parameters, started or not."""
+        key = tuple(sorted(params.items()))
+        if key not in self._hosts:
+            self._hosts[key] = make_host(self._choice, params, self._log)
+        return self._hosts[key]
+
+    def has(self, params: Mapping[str, str]) -> bool:
+        """Say whether a host for these module parameters was made."""
+        return tuple(sorted(params.items())) in self._hosts
+
+    def session(self, params: Mapping[str, str]) -> tuple[Host, Session]:
+        """Return a session for one case: a fresh machine each time, if the host can give one.
+
+        Raises:
+            HostError: the host does not come up.
+        """
+        host = self.host(params)
+        if host not in self._sessions or (self._fresh and host.kind == "emulated"):
+            self._sessions[host] = host.start()
+        return host, self._sessions[host]
+
+    def drop(self, params: Mapping[str, str]) -> None:
+        """Forget a session whose host was lost; the next case gets a new one."""
+        self._sessions.pop(self.host(params), None)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return the descriptions of all hosts that were used."""
+        return [host.describe() for host in self._hosts.values()]

@@ -1,0 +1,106 @@
+"""How a scenario is declared: the claim, what it needs, and the axes along which it varies."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.facts import FactFunction
+
+#: On silicon; the runner multiplies it for an emulated host.
+DEFAULT_TIMEOUT_S = 120.0
+
+Value = str | int | bool
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One claim about behaviour."""
+
+    function: Callable[..., None]
+    needs: tuple[FactFunction, ...] = ()
+    axes: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    #: kvm_amd's module parameters that it must run with, other than the defaults.
+    params: Mapping[str, str] = field(default_factory=dict)
+    levels: int = 1
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    #: Part of `make run`.
+    quick: bool = False
+    #: May take the host down: only on the emulated host, or when asked for by name.
+    unsafe: bool = False
+    #: Expressions for kernel log lines that this scenario provokes on purpose.
+    benign: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The sentence, without pytest's prefix."""
+        return self.function.__name__.removeprefix("test_")
+
+    @property
+    def claim(self) -> str:
+        """The docstring's first line."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scenario with one value for each of its axes."""
+
+    scenario: Scenario
+    values: Mapping[str, Value]
+
+    @property
+    def id(self) -> str:
+        """``name[axis=value,...]``, as given to ``-k`` and printed in results."""
+        if not self.values:
+            return self.scenario.name
+        inner = ",".join(f"{axis}={value}" for axis, value in self.values.items())
+        return f"{self.scenario.name}[{inner}]"
+
+
+def scenario(
+    *,
+    needs: Sequence[FactFunction] = (),
+    axes: Mapping[str, Sequence[Value]] | None = None,
+    params: Mapping[str, str] | None = None,
+    levels: int = 1,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    quick: bool = False,
+    unsafe: bool = False,
+    benign: Sequence[str] = (),
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Declare the decorated function as a scenario; its docstring's first line is the claim."""
+
+    def declare(function: Callable[..., None]) -> Callable[..., None]:
+        declared = Scenario(
+            function,
+            tuple(needs),
+            {axis: tuple(values) for axis, values in (axes or {}).items()},
+            dict(params or {}),
+            levels,
+            timeout_s,
+            quick,
+            unsafe,
+            tuple(benign),
+        )
+        if not declared.claim:
+            raise TypeError(f"scenario {declared.name} has no docstring to claim anything")
+        function.__scenario__ = declared  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+def scenario_of(function: object) -> Scenario | None:
+    """Return the declaration that `scenario` attached to a function, if it did."""
+    declared: Any = getattr(function, "__scenario__", None)
+    return declared if isinstance(declared, Scenario) else None
+
+
+def cases_of(declared: Scenario) -> Iterator[Case]:
+    """Yield one case for every combination of the axes' values."""
+    for values in itertools.product(*declared.axes.values()):
+        yield Case(declared, dict(zip(declared.axes, values, strict=True)))

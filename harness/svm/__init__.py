@@ -1,0 +1,1 @@
+"""AMD's SVM architecture as data: VMCB, intercepts, exit codes, MSRs, CPUID."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import linecache
 import os
 import traceback
+from types import ModuleType
 from typing import Any
 
 from harness.errors import HarnessError, HostError, ScenarioFailure, Unsupported
@@ -35,12 +37,25 @@ def check_needs(declared: Scenario, host: HostView) -> None:
             raise Unsupported(f"{need.__name__}: {fact.evidence}")
 
 
-def run_case(emit: Emit, module: str, name: str, values: dict[str, Any]) -> dict[str, str]:
+def _load(module: str, source: str | None) -> ModuleType:
+    """Return a scenario module: one of the tree's own, or one that came along as text."""
+    if source is None:
+        return importlib.import_module(module)
+    loaded = ModuleType(module)
+    # Lines of a traceback are looked up by file name.
+    linecache.cache[module] = (len(source), None, source.splitlines(keepends=True), module)
+    exec(compile(source, module, "exec"), vars(loaded))
+    return loaded
+
+
+def run_case(
+    emit: Emit, module: str, name: str, values: dict[str, Any], source: str | None = None
+) -> dict[str, str]:
     """Run one case; return its verdict (PASS, FAIL, SKIP or ERROR) and the reason.
 
     A `KvmError` that escapes the scenario's body is KVM's answer to something that must work: FAIL.
     """
-    declared = scenario_of(getattr(importlib.import_module(module), name))
+    declared = scenario_of(getattr(_load(module, source), name))
     if declared is None:
         raise HarnessError(f"{module}.{name} is no scenario")
     case = Case(declared, values)

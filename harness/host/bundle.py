@@ -31,6 +31,9 @@ CARRIED = (
     "harness/probe",
     "harness/scenarios",
     "harness/inside.py",
+    "harness/bench/__init__.py",
+    "harness/bench/inside.py",
+    "harness/bench/loops.py",
 )
 
 #: What the agent imports before it forks, so that no call pays for it again.

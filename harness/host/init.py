@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-import agent
+import agent  # type: ignore[import-not-found]  # beside it in the initrd
 
 #: finit_module(2), asm/unistd_64.h; the C library has no wrapper for it.
 _SYS_FINIT_MODULE = 313

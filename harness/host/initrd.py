@@ -135,8 +135,8 @@ def _runtime(userland: Path) -> Iterator[Entry]:
     for directory in ("lib", "lib/x86_64-linux-gnu", "lib64", "usr", "usr/bin", "usr/lib",
                       "usr/lib/x86_64-linux-gnu"):  # fmt: skip
         yield Entry(directory, stat.S_IFDIR | 0o755)
-    for path in ("usr/bin/python3.11", "lib64/ld-linux-x86-64.so.2"):
-        yield Entry(path, stat.S_IFREG | 0o755, (userland / path).read_bytes())
+    for name in ("usr/bin/python3.11", "lib64/ld-linux-x86-64.so.2"):
+        yield Entry(name, stat.S_IFREG | 0o755, (userland / name).read_bytes())
     wanted = ("libc.so.6", "libm.so.6", "libz.so.1", "libexpat.so.1", "libffi.so.8",
               "libpthread.so.0", "libdl.so.2", "libutil.so.1")  # fmt: skip
     for library in wanted:

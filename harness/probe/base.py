@@ -16,12 +16,6 @@ class MemoryProbe(Protocol):
     #: How results name it.
     name: str
 
-    def pause(self) -> None:
-        """Stop recording, where the probe records: readings themselves must not be seen."""
-
-    def resume(self) -> None:
-        """Record from now on."""
-
     def read_bytes(self) -> int:
         """Return the bytes held now, relative to an arbitrary but fixed origin."""
 

@@ -118,14 +118,6 @@ class FunctionProbe:
             self.total -= PAGE_SIZE << int(event.fields["order"])
             self.frees += 1
 
-    def pause(self) -> None:
-        """Stop recording; while paused, nothing that KVM allocates or frees is seen."""
-        self._trace.pause()
-
-    def resume(self) -> None:
-        """Record from now on."""
-        self._trace.resume()
-
     def read_bytes(self) -> int:
         """Return the bytes allocated less those freed within the two functions since arming."""
         for event in self._trace.take():

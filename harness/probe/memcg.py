@@ -155,12 +155,6 @@ class MemcgProbe:
         """Which counter is read."""
         return self._source
 
-    def pause(self) -> None:
-        """Do nothing: the memory controller keeps its books in any case."""
-
-    def resume(self) -> None:
-        """Do nothing."""
-
     def read_bytes(self) -> int:
         """Return the kernel memory charged to this process's cgroup."""
         if self._source == "memory.kmem.usage_in_bytes":

@@ -1,8 +1,9 @@
 """Probe: the page allocator's own events, with the call sites.
 
 Events `kmem:mm_page_alloc` and `kmem:mm_page_free` with kernel stacks, kept as a ledger by page frame
-number. Counted is what was allocated below an ioctl on a KVM file descriptor, slab pages excepted: those
-are shared caches, and grow when they please.
+number. Counted is what this process allocated below an ioctl on a KVM file descriptor, slab pages
+excepted: those are shared caches, and grow when they please. Frees count whoever does them: KVM leaves
+some to RCU and to workers.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from harness.errors import HarnessError
-from harness.probe.tracefs import TraceEvent, TraceInstance
+from harness.probe.tracefs import TraceEvent, TraceInstance, own_threads
 
 PAGE_SIZE = 4096
 
@@ -36,6 +37,16 @@ class CallSite:
     order: int
     via: tuple[str, ...]
 
+    @property
+    def size_bytes(self) -> int:
+        """Size of one block."""
+        return PAGE_SIZE << self.order
+
+    @property
+    def is_nested(self) -> bool:
+        """Asked for below EFER's setter: nested state, and nothing else is."""
+        return "svm_set_efer" in (self.function, *self.via)
+
 
 def call_site(event: TraceEvent) -> CallSite | None:
     """Return the KVM call site of an allocation; None if KVM did not ask for it, or only for slab."""
@@ -52,7 +63,8 @@ class PageAllocProbe:
     name = "page_alloc"
 
     def __init__(self) -> None:
-        self._trace = TraceInstance("pages", stacks=True)
+        self._trace = TraceInstance("pages", stacks=True, all_tasks=True)
+        self._threads = own_threads()
         self._held: dict[int, CallSite] = {}
         #: Every allocation seen since arming, freed or not.
         self.sites: Counter[CallSite] = Counter()
@@ -76,30 +88,24 @@ class PageAllocProbe:
         self._trace.__exit__(kind, error, trace)
 
     def _update(self) -> None:
+        self._threads |= own_threads()
         for event in self._trace.take():
             if event.name == "mm_page_alloc":
-                # A failed allocation is an event too, with no page.
-                if event.fields["page"] in ("(nil)", "0") or not (site := call_site(event)):
-                    continue
                 if not event.stack:
                     raise HarnessError("an allocation event came without its stack")
+                # A failed allocation is an event too, with no page.
+                failed = event.fields["page"] in ("(nil)", "0")
+                if failed or event.tid not in self._threads or not (site := call_site(event)):
+                    continue
                 self._held[int(event.fields["pfn"], 0)] = site
                 self.sites[site] += 1
             elif event.name == "mm_page_free":
                 self._held.pop(int(event.fields["pfn"], 0), None)
 
-    def pause(self) -> None:
-        """Stop recording; while paused, nothing that KVM allocates or frees is seen."""
-        self._trace.pause()
-
-    def resume(self) -> None:
-        """Record from now on."""
-        self._trace.resume()
-
     def read_bytes(self) -> int:
         """Return the bytes of all blocks that were allocated since arming and not freed."""
         self._update()
-        return sum(PAGE_SIZE << site.order for site in self._held.values())
+        return sum(site.size_bytes for site in self._held.values())
 
     def held_sites(self) -> Counter[CallSite]:
         """Return who holds how many blocks at this moment."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +48,11 @@ def write(path: Path, text: str, *, append: bool = False) -> None:
         raise HostError(f"{path}: writing {text.strip()!r}: {e.strerror}") from e
 
 
+def own_threads() -> set[int]:
+    """Return the ids of this process's threads."""
+    return {int(path.name) for path in Path("/proc/self/task").iterdir()}
+
+
 def require_tracefs() -> None:
     """Check that tracefs is there and ours to use.
 
@@ -62,15 +66,19 @@ def require_tracefs() -> None:
 
 
 class TraceInstance:
-    """A context manager around one instance, which records this process only.
+    """A context manager around one instance.
 
-    It records nothing until `resume`: reading the buffer allocates pages, and so would be recorded.
+    Without `all_tasks` only this process's threads are recorded.
     """
 
-    def __init__(self, label: str, *, buffer_kib: int = 16384, stacks: bool = False) -> None:
+    def __init__(
+        self, label: str, *, buffer_kib: int = 16384, stacks: bool = False, all_tasks: bool = False
+    ) -> None:
         self.path = TRACEFS / "instances" / f"{_PREFIX}{label}-{os.getpid()}"
         self._buffer_kib = buffer_kib
         self._stacks = stacks
+        self._all_tasks = all_tasks
+        self._pipe = -1
 
     def __enter__(self) -> Self:
         require_tracefs()
@@ -80,12 +88,12 @@ class TraceInstance:
         except OSError as e:
             raise HostError(f"trace instance {self.path}: {e.strerror}") from e
         try:
-            self.pause()
             write(self.path / "buffer_size_kb", str(self._buffer_kib))
-            write(self.path / "options/event-fork", "1")
             write(self.path / "options/stacktrace", "1" if self._stacks else "0")
-            threads = sorted(int(p.name) for p in Path("/proc/self/task").iterdir())
-            write(self.path / "set_event_pid", " ".join(map(str, threads)))
+            if not self._all_tasks:
+                write(self.path / "options/event-fork", "1")
+                write(self.path / "set_event_pid", " ".join(map(str, sorted(own_threads()))))
+            self._pipe = os.open(self.path / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
         except BaseException:
             self._remove()
             raise
@@ -102,30 +110,29 @@ class TraceInstance:
     def _remove(self) -> None:
         write(self.path / "tracing_on", "0")
         write(self.path / "events/enable", "0")
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
         self.path.rmdir()
-
-    def pause(self) -> None:
-        """Stop recording; what was recorded stays."""
-        write(self.path / "tracing_on", "0")
-
-    def resume(self) -> None:
-        """Record from now on."""
-        write(self.path / "tracing_on", "1")
 
     def enable(self, event: str) -> None:
         """Start recording ``group/name``."""
         write(self.path / "events" / event / "enable", "1")
 
     def take(self) -> list[TraceEvent]:
-        """Return what was recorded since the last call, and forget it.
+        """Return what was recorded since the last call.
+
+        The pipe is read, which consumes what it gives: nothing is lost between two calls.
 
         Raises:
             HarnessError: the buffer was too small and events are lost.
         """
-        text = (self.path / "trace").read_text()
+        chunks = []
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._pipe, 1 << 16):
+                chunks.append(chunk)
         self._check_overruns()
-        write(self.path / "trace", "")
-        return list(parse(text))
+        return parse(b"".join(chunks).decode(errors="replace"))
 
     def _check_overruns(self) -> None:
         for stats in self.path.glob("per_cpu/cpu*/stats"):
@@ -134,28 +141,34 @@ class TraceInstance:
                 raise HarnessError(f"trace buffer too small: {lost[1]} events lost")
 
 
-# "comm-tid [cpu] flags stamp: name: fields"
-_EVENT = re.compile(r"^.*-(\d+)\s+\[\d+\] \S+\s+[\d.]+: (\w+): (.*)$")
+# "comm-tid [cpu] flags stamp: " and then "name: fields", or "<stack trace>" for the event before it.
+_LINE = re.compile(r"^.*-(\d+)\s+(\[\d+\]) \S+\s+[\d.]+: (?:(\w+): (.*)|<stack trace>)$")
 _FIELD = re.compile(r"(\w+)=(\S+)")
 
 
-def parse(text: str) -> Iterator[TraceEvent]:
-    """Yield the events of a ``trace`` file, each with the stack that follows it, if one does."""
-    head: re.Match[str] | None = None
+def parse(text: str) -> list[TraceEvent]:
+    """Return the events of a trace, each with its stack if one was recorded.
+
+    Events of several CPUs are interleaved, so a stack may follow an event of another CPU: it belongs
+    to the last event of its own thread on its own CPU.
+    """
+    found: list[tuple[int, str, str, list[str]]] = []
+    last: dict[tuple[str, str], list[str]] = {}
     stack: list[str] = []
     for line in text.splitlines():
         if line.startswith(" => "):
             stack.append(line[4:].partition("+")[0].strip())
-        elif (match := _EVENT.match(line)) and match[2] != "kernel_stack":
-            if head is not None:
-                yield _event(head, stack)
-            head, stack = match, []
-    if head is not None:
-        yield _event(head, stack)
-
-
-def _event(head: re.Match[str], stack: list[str]) -> TraceEvent:
-    return TraceEvent(int(head[1]), head[2], dict(_FIELD.findall(head[3])), tuple(stack))
+        elif match := _LINE.match(line):
+            tid, cpu, name, rest = match.groups()
+            if name is None:
+                stack = last.get((tid, cpu), [])
+            else:
+                last[tid, cpu] = own = []
+                found.append((int(tid), name, rest, own))
+    return [
+        TraceEvent(tid, name, dict(_FIELD.findall(rest)), tuple(own))
+        for tid, name, rest, own in found
+    ]
 
 
 def remove_leftovers() -> None:

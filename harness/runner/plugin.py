@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ EMULATED_FACTOR = 3.0
 _LETTERS = {"PASS": ".", "FAIL": "F", "SKIP": "s", "ERROR": "E", "MISS": "M"}
 _CATEGORIES = {"PASS": "passed", "FAIL": "failed", "SKIP": "skipped", "ERROR": "error",
                "MISS": "error"}  # fmt: skip
+
+#: The attribute that carries a verdict on pytest's report.
+_VERDICT = "nsvm_verdict"
 
 
 class NotPassed(Exception):
@@ -119,9 +123,9 @@ class Lab:
                 "harness.inside:run_case",
                 timeout_s=self._timeout(case, host.kind),
                 on_event=lambda event: self._record(case, event),
-                module=case.scenario.function.__module__,
                 name=case.scenario.function.__name__,
                 values=dict(case.values),
+                **_where(case),
             )
         except HostLost as lost:
             self.pool.drop(params)
@@ -146,6 +150,15 @@ class Lab:
             self.results.write(event["event"], case=case.id, **data)
 
 
+def _where(case: Case) -> dict[str, str]:
+    """Return how a host finds the case's module: by name, or a user's own file as text."""
+    function = case.scenario.function
+    if function.__module__.startswith("harness.scenarios."):
+        return {"module": function.__module__}
+    file = function.__code__.co_filename
+    return {"module": file, "source": Path(file).read_text()}
+
+
 _LAB = pytest.StashKey[Lab]()
 
 
@@ -154,6 +167,12 @@ class Plugin:
 
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
+        #: What is to run, known once collection is over.
+        self.items: list[pytest.Item] = []
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Remember what is to run."""
+        self.items = list(session.items)
 
     def pytest_configure(self, config: pytest.Config) -> None:
         """Make the lab reachable from the items."""
@@ -181,7 +200,7 @@ class Plugin:
         """Attach the verdict; what is not KVM's fault is an error to pytest and to JUnit."""
         report = yield
         if isinstance(item, ScenarioItem) and item.outcome and call.when == "call":
-            report.verdict = item.outcome.verdict.value
+            setattr(report, _VERDICT, item.outcome.verdict.value)
             report.sections = []
             if item.outcome.verdict in (Verdict.ERROR, Verdict.MISS):
                 report.when = "setup"
@@ -189,7 +208,7 @@ class Plugin:
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Show KernelCI's words."""
-        verdict = getattr(report, "verdict", None)
+        verdict = getattr(report, _VERDICT, None)
         if verdict is None:
             return None
         return _CATEGORIES[verdict], _LETTERS[verdict], verdict

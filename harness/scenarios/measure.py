@@ -1,10 +1,11 @@
 """The measurement: bytes of nested state per vCPU with EFER.SVME off, on, and off again.
 
-Runs inside a host. Three probes read the same steps at the same time; the model says what to expect.
+Runs inside a host. Each probe measures the same steps; the model says what to expect.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -16,11 +17,12 @@ from harness.machine.guest_abi import Command, Stage
 from harness.machine.images import load_image
 from harness.machine.machine import Machine
 from harness.machine.svme_guest import SvmeGuest
+from harness.machine.vcpu import MachineVcpu
 from harness.model.allocation import Policy, delta_bytes, policy_of
 from harness.probe.base import MemoryProbe
 from harness.probe.functions import FunctionProbe
 from harness.probe.memcg import MemcgProbe
-from harness.probe.page_alloc import CallSite, PageAllocProbe
+from harness.probe.page_alloc import PageAllocProbe
 from harness.svm.msrs import Efer, Msr
 from kvm_ioctl.handles import Kvm
 
@@ -28,6 +30,16 @@ from kvm_ioctl.handles import Kvm
 EXPECTED_POLICY = Policy.ON_DEMAND
 
 STAGE_TIMEOUT_S = 30.0
+
+#: Memory that KVM frees after an RCU grace period is waited for so long.
+SETTLE_S = 10.0
+_SETTLE_STEP_S = 0.1
+
+MEMORY_PROBES: dict[str, Callable[[], MemoryProbe]] = {
+    "page_alloc": PageAllocProbe,
+    "functions": FunctionProbe,
+    "memcg": MemcgProbe,
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,16 @@ class ToggleByMsrs:
                     raise ScenarioFailure(f"vCPU {runner.index}: KVM_SET_MSRS refused {efer!r}")
 
 
+def sregs_svme(runner: MachineVcpu, svme: bool) -> None:
+    """Write EFER.SVME through KVM_SET_SREGS and check it: KVM drops this path's errors."""
+    sregs = runner.vcpu.get_sregs()
+    sregs.efer = Efer(sregs.efer).replace(SVME=svme)
+    runner.vcpu.set_sregs(sregs)
+    seen = Efer(runner.vcpu.get_sregs().efer).SVME
+    if seen != svme:
+        raise ScenarioFailure(f"vCPU {runner.index}: KVM_SET_SREGS lost EFER.SVME={svme:d}")
+
+
 class ToggleBySregs:
     """EFER.SVME through KVM_SET_SREGS."""
 
@@ -71,14 +93,10 @@ class ToggleBySregs:
         self._machines = machines
 
     def set(self, svme: bool) -> None:
-        """Write the bit on every vCPU, and check that it is there: KVM drops this path's errors."""
+        """Write the bit on every vCPU."""
         for machine in self._machines:
             for runner in machine.vcpus:
-                sregs = runner.vcpu.get_sregs()
-                sregs.efer = Efer(sregs.efer).replace(SVME=svme)
-                runner.vcpu.set_sregs(sregs)
-                if Efer(runner.vcpu.get_sregs().efer).SVME != svme:
-                    raise ScenarioFailure(f"vCPU {runner.index}: KVM_SET_SREGS lost EFER.SVME")
+                sregs_svme(runner, svme)
 
 
 class ToggleByGuest:
@@ -103,25 +121,30 @@ PATHS: dict[str, Callable[[Sequence[Machine]], ToggleByGuest | ToggleByMsrs | To
 }
 
 
-def ready_machine(kvm: Kvm, vcpus: int, **options: Any) -> Machine:
-    """Return a machine with guest `svme`, all vCPUs run up to READY: what they touch is mapped."""
+def ready_machine(kvm: Kvm, vcpus: int, *, stage: Stage = Stage.READY, **options: Any) -> Machine:
+    """Return a machine with guest `svme`, all vCPUs run up to `stage`: what they touch is mapped."""
     machine = Machine(kvm, image=load_image("svme"), vcpus=vcpus, **options)
     try:
         guest = SvmeGuest(machine)
         for index in range(vcpus):
-            guest.advance(index, to=Stage.READY, timeout_s=STAGE_TIMEOUT_S)
+            guest.advance(index, to=stage, timeout_s=STAGE_TIMEOUT_S)
     except BaseException:
         machine.close()
         raise
     return machine
 
 
-def read_quietly(probe: MemoryProbe) -> int:
-    """Return the probe's bytes; what reading costs is not recorded."""
-    probe.pause()
-    held = probe.read_bytes()
-    probe.resume()
-    return held
+def read_settled(probe: MemoryProbe) -> int:
+    """Return the lowest of the probe's readings until it stops falling for a while."""
+    lowest = probe.read_bytes()
+    deadline = time.monotonic() + SETTLE_S
+    quiet = 0
+    while quiet < 5 and time.monotonic() < deadline:
+        time.sleep(_SETTLE_STEP_S)
+        held = probe.read_bytes()
+        quiet = 0 if held < lowest else quiet + 1
+        lowest = min(held, lowest)
+    return lowest
 
 
 def measure(
@@ -139,9 +162,9 @@ def measure(
     before = 0
     for number in range(rounds + 1):
         toggle.set(True)
-        on = read_quietly(probe)
+        on = probe.read_bytes()
         toggle.set(False)
-        off = read_quietly(probe)
+        off = probe.read_bytes()
         if number:
             ons.append(on - before)
             offs.append(off - before)
@@ -157,7 +180,7 @@ def measure(
 
 def call_sites_of(probe: PageAllocProbe, rounds: int) -> list[dict[str, Any]]:
     """Return who allocated, most blocks first; `count` is per round of setting SVME."""
-    nested = [(site, count) for site, count in probe.sites.most_common() if _is_nested(site)]
+    nested = [(site, count) for site, count in probe.sites.most_common() if site.is_nested]
     return [
         {
             "function": site.function,
@@ -167,10 +190,6 @@ def call_sites_of(probe: PageAllocProbe, rounds: int) -> list[dict[str, Any]]:
         }
         for site, count in nested
     ]
-
-
-def _is_nested(site: CallSite) -> bool:
-    return "svm_set_efer" in (site.function, *site.via)
 
 
 def measure_nested_memory(
@@ -188,7 +207,6 @@ def measure_nested_memory(
         page_alloc, functions, memcg = PageAllocProbe(), FunctionProbe(), MemcgProbe()
         for probe in (page_alloc, functions, memcg):
             with probe:
-                probe.resume()
                 readings[probe.name] = measure(probe, toggle, vcpus * vms, rounds)
             emit("reading", probe=probe.name, **asdict(readings[probe.name]))
     sites = call_sites_of(page_alloc, rounds + 1)

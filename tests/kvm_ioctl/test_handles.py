@@ -139,6 +139,13 @@ def test_refusals_name_the_request(kvm: Kvm, vm: Vm) -> None:
         vm.create_vcpu(0)
 
 
+def test_immediate_argument_is_a_whole_unsigned_long(vm: Vm) -> None:
+    # KVM compares it with the end of 32 bits: neither sign extension nor truncation passes.
+    assert vm.try_call(Vm.KVM_SET_TSS_ADDR, 0xFFFB_D000) == 0
+    assert vm.try_call(Vm.KVM_SET_TSS_ADDR, 1 << 32) == errno.EINVAL
+    vm.set_identity_map_addr(0xFFFB_C000)
+
+
 # Running
 
 

@@ -1,0 +1,5 @@
+"""`python -m harness` is `nsvm`."""
+
+from harness.cli import main
+
+main()

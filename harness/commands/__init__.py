@@ -1,0 +1,1 @@
+"""The commands of `nsvm`, one module each; each names its click command `command`."""

@@ -1,0 +1,46 @@
+"""Options that several commands have: which host, and which kernel on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from harness.runner.hosts import HostChoice
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def host_options(function: F) -> F:
+    """Add --host, --kernel and --modules; the command takes them as host, kernel, modules."""
+    for option in (
+        click.option(
+            "--modules",
+            type=click.Path(path_type=Path),
+            help="With --kernel PATH: the tree of its modules (kernel/, or lib/modules/RELEASE).",
+        ),
+        click.option(
+            "--kernel",
+            metavar="SPEC",
+            help="Kernel of the emulated host: a version prefix such as 5.10, 6.1, 6.12 or 7.3;"
+            " 'running'; or the path of a bzImage or vmlinux.",
+        ),
+        click.option(
+            "--host",
+            type=click.Choice(["auto", "local", "emulated"]),
+            default="auto",
+            show_default=True,
+            help="auto: this machine's /dev/kvm if it has nested SVM, else the emulated host.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def host_choice(host: str, kernel: str | None, modules: Path | None) -> HostChoice:
+    """Return what `host_options` collected."""
+    if modules is not None and kernel is None:
+        raise click.UsageError("--modules goes with --kernel PATH")
+    return HostChoice(host, kernel, modules)

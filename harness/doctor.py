@@ -1,0 +1,209 @@
+"""`nsvm doctor`: what this machine can do, with the evidence, and how to mend what it cannot.
+
+Asks the facts of `harness.facts` and `harness.tools` and draws two conclusions from the answers:
+whether this machine itself, and whether an emulated host, can run nested scenarios. Needs neither
+/dev/kvm nor any right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from harness import facts, tools
+from harness.errors import HostError
+from harness.facts import Fact, FactFunction, HostView
+from harness.tools import ToolFunction, Tools
+
+KVM_FACTS: tuple[FactFunction, ...] = (
+    facts.x86_64,
+    facts.kvm_device,
+    facts.kvm_api,
+    facts.kvm_amd,
+    facts.svm,
+    facts.nested_svm,
+    facts.nested_state,
+    facts.smm,
+    facts.npt,
+    facts.vgif,
+    facts.nrip_save,
+)
+
+PROBE_FACTS: tuple[FactFunction, ...] = (
+    facts.memory_controller,
+    facts.memory_counters,
+    facts.tracefs,
+    facts.kprobe_events,
+    facts.kernel_log,
+)
+
+TOOL_FACTS: tuple[ToolFunction, ...] = (
+    tools.python,
+    tools.guest_compiler,
+    tools.qemu,
+    tools.qemu_svm,
+    tools.setpriv,
+    tools.debian_packages,
+    tools.kernels_cached,
+    tools.cache_space,
+    tools.memory_space,
+)
+
+#: Without one of these there are no nested scenarios on this machine's own KVM.
+LOCAL_NEEDS = ("x86_64", "kvm_device", "svm", "nested_svm", "nested_state", "guest_compiler")
+
+#: Without one of these some scenarios or probes have nothing to work with there.
+LOCAL_WANTS = ("smm", "memory_controller", "tracefs", "kprobe_events", "kernel_log")
+
+#: Without one of these there is no emulated host. Where it gets its kernel is asked apart.
+EMULATED_NEEDS = (
+    "x86_64",
+    "qemu_svm",
+    "setpriv",
+    "guest_compiler",
+    "cache_space",
+    "memory_space",
+)
+
+LOCAL = "local host usable for nested scenarios"
+EMULATED = "emulated host usable"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A fact's answer under its name.
+
+    `holds` is None if the machine could not say; `evidence` then says why.
+    """
+
+    name: str
+    holds: bool | None
+    evidence: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All answers by section, in the order asked, and the conclusions."""
+
+    sections: dict[str, tuple[Answer, ...]]
+    local: Answer
+    emulated: Answer
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """The answers of all sections."""
+        return tuple(answer for section in self.sections.values() for answer in section)
+
+    @property
+    def usable(self) -> bool:
+        """Whether nested scenarios can run on at least one of both hosts."""
+        return bool(self.local.holds or self.emulated.holds)
+
+    def to_json(self) -> str:
+        """Return the object that ``nsvm doctor --json`` prints."""
+        conclusions = {}
+        for key, answer in (("local", self.local), ("emulated", self.emulated)):
+            conclusions[key] = asdict(answer)
+        document = {"facts": [asdict(a) for a in self.answers], "conclusions": conclusions}
+        return json.dumps(document, indent=2)
+
+
+def collect(host: HostView | None = None, machine_tools: Tools | None = None) -> Report:
+    """Ask everything and conclude. Never raises for what a machine lacks or refuses."""
+    view, seen = host or HostView(), machine_tools or Tools()
+    sections = {
+        "KVM": tuple(ask(f.__name__, partial(f, view)) for f in KVM_FACTS),
+        "probes": tuple(ask(f.__name__, partial(f, view)) for f in PROBE_FACTS),
+        "tools": tuple(ask(f.__name__, partial(f, seen)) for f in TOOL_FACTS),
+    }
+    by_name = {answer.name: answer for section in sections.values() for answer in section}
+    cached = ask("userland", lambda: _userland(seen))
+    return Report(sections, conclude_local(by_name), conclude_emulated(by_name, cached))
+
+
+def ask(name: str, question: Callable[[], Fact]) -> Answer:
+    """Return the answer to one question; a refusal is one too."""
+    try:
+        fact = question()
+    except (HostError, OSError) as e:
+        return Answer(name, None, str(e))
+    return Answer(name, fact.holds, fact.evidence, "" if fact.holds else fact.mend)
+
+
+def _userland(seen: Tools) -> Fact:
+    holds = seen.has_cached_userland()
+    return Fact(holds, "the userland is in the cache" if holds else "no userland in the cache")
+
+
+def conclude_local(answers: dict[str, Answer]) -> Answer:
+    """Conclude whether this machine's own KVM can run nested scenarios."""
+    verdict = _all_of(LOCAL, [answers[name] for name in LOCAL_NEEDS])
+    lacking = [name for name in LOCAL_WANTS if not answers[name].holds]
+    if not verdict.holds or not lacking:
+        return verdict
+    return Answer(LOCAL, True, f"{verdict.evidence}; less what needs {', '.join(lacking)}")
+
+
+def conclude_emulated(answers: dict[str, Answer], userland: Answer) -> Answer:
+    """Conclude whether an emulated host can be started: QEMU and all, and a kernel for it."""
+    needed = [answers[name] for name in EMULATED_NEEDS]
+    if not (answers["kernels_cached"].holds and userland.holds):
+        # The network is not asked; whether the archive answers is seen at the first run.
+        needed.append(answers["debian_packages"])
+    return _all_of(EMULATED, needed)
+
+
+def _all_of(name: str, needed: Iterable[Answer]) -> Answer:
+    needed = list(needed)
+    lacking = [answer for answer in needed if answer.holds is False]
+    unknown = [answer for answer in needed if answer.holds is None]
+    if not lacking and not unknown:
+        return Answer(name, True, "all that it takes is there")
+    open_points = "; ".join(f"{answer.name}: {answer.evidence}" for answer in lacking + unknown)
+    # One way to mend things suffices to begin with; the table has the others.
+    mend = next((answer.mend for answer in lacking if answer.mend), "")
+    return Answer(name, False if lacking else None, open_points, mend)
+
+
+# Showing it
+
+
+_SHOWN = {True: ("yes", "green"), False: ("no", "red"), None: ("?", "yellow")}
+
+
+def render(report: Report, console: Console | None = None) -> None:
+    """Print the report as a table, and the conclusions below it."""
+    console = console or Console()
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("fact", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("evidence, and what to do", overflow="fold")
+    for title, answers in report.sections.items():
+        table.add_row(Text(title, style="bold"), "", "")
+        for answer in answers:
+            table.add_row(f"  {answer.name}", _holds(answer), _evidence(answer))
+    console.print(table)
+    console.print()
+    for answer in (report.local, report.emulated):
+        console.print(Text.assemble(answer.name, ": ", _holds(answer)))
+        console.print(_evidence(answer), soft_wrap=True)
+
+
+def _holds(answer: Answer) -> Text:
+    return Text(*_SHOWN[answer.holds])
+
+
+def _evidence(answer: Answer) -> Text:
+    """Text objects, not markup: evidence may hold brackets."""
+    text = Text(answer.evidence)
+    if answer.mend:
+        text.append(f"\n-> {answer.mend}", style="cyan")
+    return text

@@ -3,6 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# The newest kernel's headers from Debian's archive, or without the network this machine's own.
+NEWEST_HEADERS = $$($(BIN)/python -c 'from harness.host.userland import headers; print(headers()[1])' \
+	2>/dev/null || echo /usr/include)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup run test bench lint abi clean
 
@@ -19,7 +23,8 @@ run: setup ## measure nested state and run the quick scenarios on the best host 
 
 test: lint ## check the style and types, then run every test that this machine can
 	@echo "== pytest: all that boots no emulated host"
-	@$(BIN)/python -m pytest -q -m "not emulated"
+	@NSVM_KERNEL_HEADERS="$${NSVM_KERNEL_HEADERS:-$(NEWEST_HEADERS)}" \
+		$(BIN)/python -m pytest -q -m "not emulated"
 	@echo "== pytest: what boots an emulated host"
 	@$(BIN)/python -m pytest -q -m emulated
 
@@ -30,12 +35,13 @@ lint: setup ## ruff and mypy
 	@echo "== ruff format"
 	@$(BIN)/python -m ruff format --check --quiet .
 	@echo "== ruff check"
-	@$(BIN)/python -m ruff check --quiet .
+	@$(BIN)/python -m ruff check --quiet --output-format concise .
 	@echo "== mypy"
 	@$(BIN)/python -m mypy --no-error-summary
 
-abi: setup ## compare the declared kernel ABI with this machine's kernel headers
+abi: setup ## compare the declared kernel ABI with this machine's headers and the newest
 	@$(BIN)/python -m kvm_ioctl.abi --headers /usr/include
+	@$(BIN)/python -m kvm_ioctl.abi --headers "$(NEWEST_HEADERS)"
 
 clean: ## remove what the targets made in this tree, but results/
 	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

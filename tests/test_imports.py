@@ -55,7 +55,7 @@ def imports_of(root, source):
         elif isinstance(node, ast.ImportFrom):
             base = absolute(source, node)
             for alias in node.names:
-                # "from harness import facts" imports a module, "from harness.facts import Fact" not.
+                # "from harness import facts" imports a module, "from harness.facts import svm" not.
                 inner = f"{base}.{alias.name}"
                 yield (inner if is_module(root, inner) else base), node.lineno
 

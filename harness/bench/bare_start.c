@@ -59,8 +59,15 @@ static int socket_for(int number, int *theirs)
 	return ours;
 }
 
-/* Reads whole lines until one has `mark` in it; returns whether there was one in time. */
-static int wait_for(int fd, const char *mark, uint64_t deadline_ns)
+enum answer { ANSWERED, TOO_LATE, ENDED };
+
+static const char *const complaints[] = {
+	[TOO_LATE] = "the machine did not answer in time",
+	[ENDED] = "the machine ended",
+};
+
+/* Reads whole lines until one has `mark` in it. */
+static enum answer wait_for(int fd, const char *mark, uint64_t deadline_ns)
 {
 	static char text[1 << 16];
 	static size_t used;
@@ -77,24 +84,54 @@ static int wait_for(int fd, const char *mark, uint64_t deadline_ns)
 			used -= end + 1 - text;
 			memmove(text, end + 1, used);
 			if (found)
-				return 1;
+				return ANSWERED;
 		}
 		if (now_ns() >= deadline_ns || used == sizeof(text))
-			return 0;
+			return TOO_LATE;
 		if (poll(&readable, 1, 100) <= 0)
 			continue;
 		got = read(fd, text + used, sizeof(text) - used);
 		if (got <= 0)
-			return 0;
+			return ENDED;
 		used += got;
 	}
 }
 
+static enum answer converse(int channel, int cold, uint64_t deadline_ns)
+{
+	enum answer answer = ANSWERED;
+
+	if (cold)
+		answer = wait_for(channel, "\"event\":\"ready\"", deadline_ns);
+	if (answer != ANSWERED)
+		return answer;
+	if (write(channel, hello_command, strlen(hello_command)) < 0)
+		return ENDED;
+	return wait_for(channel, "\"event\":\"hello\"", deadline_ns);
+}
+
+static pid_t start_machine(char **command, int channel, int channel_fd, int monitor, int monitor_fd)
+{
+	pid_t machine = fork();
+
+	if (machine < 0)
+		die("fork");
+	if (machine > 0)
+		return machine;
+	signal(SIGPIPE, SIG_DFL);
+	dup2(channel, channel_fd);
+	dup2(monitor, monitor_fd);
+	execvp(command[0], command);
+	die(command[0]);
+	return -1;
+}
+
 int main(int argc, char **argv)
 {
-	int channel, their_channel, their_monitor, answered;
+	int channel, their_channel, their_monitor;
 	uint64_t start, deadline;
-	pid_t qemu;
+	enum answer answer;
+	pid_t machine;
 
 	if (argc < 6) {
 		fprintf(stderr, "usage: bare_start cold|warm S CHANNEL_FD MONITOR_FD COMMAND...\n");
@@ -105,27 +142,17 @@ int main(int argc, char **argv)
 	deadline = start + strtoull(argv[2], NULL, 10) * 1000000000ULL;
 	channel = socket_for(atoi(argv[3]), &their_channel);
 	socket_for(atoi(argv[4]), &their_monitor);
-	qemu = fork();
-	if (qemu < 0)
-		die("fork");
-	if (qemu == 0) {
-		dup2(their_channel, atoi(argv[3]));
-		dup2(their_monitor, atoi(argv[4]));
-		execvp(argv[5], argv + 5);
-		die(argv[5]);
-	}
+	machine = start_machine(argv + 5, their_channel, atoi(argv[3]), their_monitor,
+				atoi(argv[4]));
 	close(their_channel);
 	close(their_monitor);
-	answered = !strcmp(argv[1], "warm") || wait_for(channel, "\"event\":\"ready\"", deadline);
-	if (answered) {
-		answered = write(channel, hello_command, strlen(hello_command)) > 0 &&
-			   wait_for(channel, "\"event\":\"hello\"", deadline);
-	}
-	if (answered)
+	answer = converse(channel, !strcmp(argv[1], "cold"), deadline);
+	if (answer == ANSWERED)
 		printf("%llu\n", (unsigned long long)(now_ns() - start));
-	kill(qemu, SIGKILL);
-	waitpid(qemu, NULL, 0);
-	if (!answered)
-		fprintf(stderr, "no answer from the machine within %s s\n", argv[2]);
-	return !answered;
+	kill(machine, SIGKILL);
+	waitpid(machine, NULL, 0);
+	if (answer == ANSWERED)
+		return 0;
+	fprintf(stderr, "%s\n", complaints[answer]);
+	return 1;
 }

@@ -44,6 +44,9 @@ class CSide:
             raise HostError(f"the C side cannot be run: {e.strerror}") from e
         finally:
             os.close(memory)
+        if self._process.stdin is None or self._process.stdout is None:
+            raise HarnessError("the C side was started without pipes")
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self._pending = b""
 
     def __enter__(self) -> Self:
@@ -57,10 +60,9 @@ class CSide:
     ) -> None:
         self._process.kill()
         self._process.wait(_STOP_S)
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+        for pipe in (self._stdin, self._stdout):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
 
     def run(self, loop: str, count: int, parts: Iterable[str] = ()) -> Work:
         """Run one loop.
@@ -69,10 +71,9 @@ class CSide:
             HostError: the kernel refused something, or no answer came.
         """
         request = f"{loop} {count} {','.join(parts) or '-'}\n"
-        assert self._process.stdin is not None  # noqa: S101
         try:
-            self._process.stdin.write(request.encode())
-            self._process.stdin.flush()
+            self._stdin.write(request.encode())
+            self._stdin.flush()
         except BrokenPipeError as e:
             raise HostError(f"the C side of {loop} is gone") from e
         verdict, _, rest = self._answer(loop).partition(" ")
@@ -82,8 +83,7 @@ class CSide:
         return Work(done, witness, ns / 1e9)
 
     def _answer(self, loop: str) -> str:
-        assert self._process.stdout is not None  # noqa: S101
-        fd, deadline = self._process.stdout.fileno(), time.monotonic() + ANSWER_S
+        fd, deadline = self._stdout.fileno(), time.monotonic() + ANSWER_S
         while b"\n" not in self._pending:
             left_s = deadline - time.monotonic()
             if left_s <= 0 or not select.select([fd], [], [], left_s)[0]:

@@ -31,6 +31,8 @@ class Comparison:
     """What the share is of: ``C``, ``bare QEMU``, or a whole that this is a part of."""
     count: int = 1
     """Rounds in each of the times."""
+    is_part: bool = False
+    """The share is that of a part in its whole, and says nothing of speed."""
     pairs: list[Pair] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -67,6 +69,7 @@ class Comparison:
             "name": self.name,
             "host": self.host,
             "against": self.against,
+            "is_part": self.is_part,
             "share": self.share,
             "share_min": low,
             "share_max": high,
@@ -86,6 +89,6 @@ def parts_of_whole(host: str, whole: str, runs: Iterable[dict[str, float]]) -> l
     for run in runs:
         total = sum(run.values())
         for part, seconds in run.items():
-            row = found.setdefault(part, Comparison(f"{whole}_{part}", host, f"all of {whole}"))
+            row = found.setdefault(part, Comparison(f"{whole}_{part}", host, whole, is_part=True))
             row.pairs.append(Pair(ours_s=total, theirs_s=seconds))
     return list(found.values())

@@ -96,7 +96,7 @@ class Cgroup:
         self._leave()
 
     def _leave(self) -> None:
-        write(self._home / "cgroup.procs", str(os.getpid()))
+        self.step_out()
         deadline = time.monotonic() + _EMPTY_DEADLINE_S
         while True:
             try:
@@ -106,6 +106,10 @@ class Cgroup:
                 if time.monotonic() > deadline:
                     raise HostError(f"cgroup {self.path} cannot be removed: {e.strerror}") from e
                 time.sleep(0.01)
+
+    def step_out(self) -> None:
+        """Move the calling process, a child of the one inside, back to where that came from."""
+        write(self._home / "cgroup.procs", str(os.getpid()))
 
     def stat(self) -> dict[str, int]:
         """Return ``memory.stat``, in bytes (v1: in the kernel's own mixture)."""

@@ -68,6 +68,8 @@ class PageAllocProbe:
         self._held: dict[int, CallSite] = {}
         #: Every allocation seen since arming, freed or not.
         self.sites: Counter[CallSite] = Counter()
+        #: Allocations that the kernel refused.
+        self.refused: Counter[CallSite] = Counter()
 
     def __enter__(self) -> Self:
         self._trace.__enter__()
@@ -93,9 +95,11 @@ class PageAllocProbe:
             if event.name == "mm_page_alloc":
                 if not event.stack:
                     raise HarnessError("an allocation event came without its stack")
-                # A failed allocation is an event too, with no page.
-                failed = event.fields["page"] in ("(nil)", "0")
-                if failed or event.tid not in self._threads or not (site := call_site(event)):
+                if event.tid not in self._threads or not (site := call_site(event)):
+                    continue
+                # A failed allocation is an event too, of page frame 0, which is never given out.
+                if not int(event.fields["pfn"], 0):
+                    self.refused[site] += 1
                     continue
                 self._held[int(event.fields["pfn"], 0)] = site
                 self.sites[site] += 1

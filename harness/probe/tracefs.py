@@ -163,7 +163,8 @@ def parse(text: str) -> list[TraceEvent]:
             if name is None:
                 stack = last.get((tid, cpu), [])
             else:
-                last[tid, cpu] = own = []
+                own: list[str] = []
+                last[tid, cpu] = own
                 found.append((int(tid), name, rest, own))
     return [
         TraceEvent(tid, name, dict(_FIELD.findall(rest)), tuple(own))

@@ -19,6 +19,7 @@ class ResultsFile:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _keep_earlier(path)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as e:
             raise HostError(f"cannot write results to {path}: {e.strerror}") from e
@@ -46,6 +47,15 @@ class ResultsFile:
             self._file.flush()
         except OSError as e:
             raise HostError(f"cannot write results to {self.path}: {e.strerror}") from e
+
+
+def _keep_earlier(path: Path) -> None:
+    """Move an earlier run's file aside: two runs in one file would read as one."""
+    if path.exists():
+        number = 1
+        while (aside := path.with_name(f"{path.stem}.{number}{path.suffix}")).exists():
+            number += 1
+        path.rename(aside)
 
 
 def read_results(path: Path) -> list[Mapping[str, Any]]:

@@ -146,7 +146,7 @@ def test_svme_cleared_by_userspace_in_l2_frees(context: Context, path: str) -> N
 
 @scenario(
     needs=[nested_svm],
-    axes={"stage": ("SVME_ON", "IN_L2"), "vcpus": (1, 8), "probe": ("page_alloc", "memcg")},
+    axes={"stage": ("SVME_ON", "IN_L2"), "vcpus": (1, 4), "probe": ("page_alloc", "memcg")},
     levels=2,
 )
 def test_closing_a_vm_leaks_nothing(context: Context, stage: str, vcpus: int, probe: str) -> None:

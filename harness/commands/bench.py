@@ -1,0 +1,69 @@
+"""`nsvm bench`: how fast the harness is, as a share of what C or a bare QEMU reaches."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from harness.bench.suite import Report, Wanted, choose, run
+from harness.bench.table import as_json, show
+from harness.errors import HostError
+from harness.runner.hosts import DEFAULT_KERNEL
+
+_HOSTS = {"local": ("local",), "emulated": ("emulated",), "both": ("local", "emulated")}
+
+#: Something could not be measured.
+_STATUS_ERROR = 2
+
+
+@click.command("bench")
+@click.option("--host", type=click.Choice(list(_HOSTS)), default="both", show_default=True)
+@click.option(
+    "--kernel",
+    metavar="SPEC",
+    default=DEFAULT_KERNEL,
+    show_default=True,
+    help="Kernel of the emulated host: a version prefix, 'running', or an image's path.",
+)
+@click.option(
+    "--repeat",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="Repetitions of each; cold boots and the memory split, being slow, take fewer.",
+)
+@click.option("-k", "expression", default="", metavar="EXPR", help="Only benchmarks that match.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+def command(host: str, kernel: str, repeat: int, expression: str, json_file: Path | None) -> None:
+    """Compare the harness's speed with C's and bare QEMU's, in one run on one machine.
+
+    A share of 1 is the counterpart's speed, 0.5 half of it; the spread is the lowest and highest
+    repetition's. Times depend on the machine and its load and are there for orientation only.
+
+    Exit status: 0 all was measured or skipped, 2 something could not be measured.
+    """
+    started = time.monotonic()
+    hosts = _HOSTS[host]
+    wanted = Wanted(hosts, kernel, repeat, choose(expression, hosts))
+    report = run(wanted, log=lambda text: click.echo(f"nsvm: {text}", err=True))
+    if json_file is not None:
+        _write(json_file, report, time.monotonic() - started)
+    if json_file is None or str(json_file) != "-":
+        show(report, Console(highlight=False))
+    sys.exit(_STATUS_ERROR if report.errors else 0)
+
+
+def _write(path: Path, report: Report, seconds: float) -> None:
+    text = json.dumps(as_json(report, seconds), indent=2) + "\n"
+    if str(path) == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        path.write_text(text)
+    except OSError as e:
+        raise HostError(f"cannot write {path}: {e.strerror}") from e

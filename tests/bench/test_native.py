@@ -1,0 +1,72 @@
+import shutil
+import subprocess
+
+import pytest
+
+from harness.bench import native
+from harness.bench.native import NativeBuildError, executable
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler"
+)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NSVM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "_SOURCES", tmp_path)
+    return tmp_path
+
+
+@needs_compiler
+def test_a_program_is_compiled_once_and_again_when_it_changes(cache, sources):
+    source = sources / "seven.c"
+    source.write_text("int main(void) { return 7; }\n")
+    first = executable("seven")
+    assert subprocess.run([first], timeout=10).returncode == 7
+    stamp = first.stat().st_mtime_ns
+    assert executable("seven") == first
+    assert first.stat().st_mtime_ns == stamp
+    source.write_text("int main(void) { return 8; }\n")
+    assert executable("seven") != first
+    assert subprocess.run([executable("seven")], timeout=10).returncode == 8
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["ioctl_loops", "bare_start"])
+def test_programs_need_no_library_of_the_host_that_they_run_on(cache, name):
+    # An ELF without PT_INTERP asks for no dynamic loader.
+    listing = subprocess.run(
+        ["readelf", "-lW", executable(name)], capture_output=True, text=True, timeout=10, check=True
+    ).stdout
+    assert "LOAD" in listing
+    assert "INTERP" not in listing
+
+
+@needs_compiler
+def test_a_refused_source_is_one_line(cache, sources):
+    (sources / "bad.c").write_text("int main(void) { return seven; }\n")
+    with pytest.raises(NativeBuildError, match="seven") as caught:
+        executable("bad")
+    assert "\n" not in str(caught.value)
+    assert not any((cache / "bench").glob("*"))
+
+
+def test_a_missing_compiler_is_said(cache, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(NativeBuildError, match="no C compiler"):
+        executable("ioctl_loops")
+
+
+def test_a_broken_compiler_is_said(cache, monkeypatch, tmp_path):
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho 'cannot find -lc' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.raises(NativeBuildError, match="cannot find -lc"):
+        executable("ioctl_loops")

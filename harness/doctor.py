@@ -8,41 +8,28 @@ whether this machine itself, and whether an emulated host, can run nested scenar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness import facts, tools
-from harness.errors import HostError
-from harness.facts import Fact, FactFunction, HostView
+from harness import tools
+from harness.facts import (
+    KVM_FACTS,
+    PROBE_FACTS,
+    Answer,
+    Fact,
+    HostView,
+    ask,
+    ask_host,
+)
+from harness.host.session import Host
 from harness.tools import ToolFunction, Tools
-
-KVM_FACTS: tuple[FactFunction, ...] = (
-    facts.x86_64,
-    facts.kvm_device,
-    facts.kvm_api,
-    facts.kvm_amd,
-    facts.svm,
-    facts.nested_svm,
-    facts.nested_state,
-    facts.smm,
-    facts.npt,
-    facts.vgif,
-    facts.nrip_save,
-)
-
-PROBE_FACTS: tuple[FactFunction, ...] = (
-    facts.memory_controller,
-    facts.memory_counters,
-    facts.tracefs,
-    facts.kprobe_events,
-    facts.kernel_log,
-)
 
 TOOL_FACTS: tuple[ToolFunction, ...] = (
     tools.python,
@@ -75,27 +62,25 @@ EMULATED_NEEDS = (
 LOCAL = "local host usable for nested scenarios"
 EMULATED = "emulated host usable"
 
+_INSIDE_S = 60.0
+
 
 @dataclass(frozen=True)
-class Answer:
-    """A fact's answer under its name.
+class Inside:
+    """What a host that was started answered."""
 
-    `holds` is None if the machine could not say; `evidence` then says why.
-    """
-
-    name: str
-    holds: bool | None
-    evidence: str
-    mend: str = ""
+    title: str
+    answers: tuple[Answer, ...]
 
 
 @dataclass(frozen=True)
 class Report:
-    """All answers by section, in the order asked, and the conclusions."""
+    """All answers of this machine by section, in the order asked, and the conclusions."""
 
     sections: dict[str, tuple[Answer, ...]]
     local: Answer
     emulated: Answer
+    inside: Inside | None = None
 
     @property
     def answers(self) -> tuple[Answer, ...]:
@@ -112,16 +97,22 @@ class Report:
         conclusions = {}
         for key, answer in (("local", self.local), ("emulated", self.emulated)):
             conclusions[key] = asdict(answer)
-        document = {"facts": [asdict(a) for a in self.answers], "conclusions": conclusions}
+        document: dict[str, Any] = {
+            "facts": [asdict(a) for a in self.answers],
+            "conclusions": conclusions,
+        }
+        if self.inside:
+            facts = [asdict(answer) for answer in self.inside.answers]
+            document["inside"] = {"host": self.inside.title, "facts": facts}
         return json.dumps(document, indent=2)
 
 
 def collect(host: HostView | None = None, machine_tools: Tools | None = None) -> Report:
-    """Ask everything and conclude. Never raises for what a machine lacks or refuses."""
+    """Ask this machine everything, and conclude. Never raises for what it lacks or refuses."""
     view, seen = host or HostView(), machine_tools or Tools()
     sections = {
-        "KVM": tuple(ask(f.__name__, partial(f, view)) for f in KVM_FACTS),
-        "probes": tuple(ask(f.__name__, partial(f, view)) for f in PROBE_FACTS),
+        "KVM": ask_host(KVM_FACTS, view),
+        "probes": ask_host(PROBE_FACTS, view),
         "tools": tuple(ask(f.__name__, partial(f, seen)) for f in TOOL_FACTS),
     }
     by_name = {answer.name: answer for section in sections.values() for answer in section}
@@ -129,13 +120,15 @@ def collect(host: HostView | None = None, machine_tools: Tools | None = None) ->
     return Report(sections, conclude_local(by_name), conclude_emulated(by_name, cached))
 
 
-def ask(name: str, question: Callable[[], Fact]) -> Answer:
-    """Return the answer to one question; a refusal is one too."""
-    try:
-        fact = question()
-    except (HostError, OSError) as e:
-        return Answer(name, None, str(e))
-    return Answer(name, fact.holds, fact.evidence, "" if fact.holds else fact.mend)
+def collect_inside(host: Host) -> Inside:
+    """Start a host and ask it what scenarios will ask there.
+
+    Raises:
+        HostError: it does not come up, or does not answer.
+    """
+    result = host.start().call("harness.facts:ask_here", timeout_s=_INSIDE_S)
+    answers = tuple(Answer(**answer) for answer in result.unwrap("asking the host"))
+    return Inside(f"{host.kind} host, kernel {host.describe()['kernel']}", answers)
 
 
 def _userland(seen: Tools) -> Fact:
@@ -186,7 +179,8 @@ def render(report: Report, console: Console | None = None) -> None:
     table.add_column("fact", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("evidence, and what to do", overflow="fold")
-    for title, answers in report.sections.items():
+    inside = {report.inside.title: report.inside.answers} if report.inside else {}
+    for title, answers in {**report.sections, **inside}.items():
         table.add_row(Text(title, style="bold"), "", "")
         for answer in answers:
             table.add_row(f"  {answer.name}", _holds(answer), _evidence(answer))

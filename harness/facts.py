@@ -11,9 +11,10 @@ import errno
 import os
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from harness.errors import HostError
 from harness.probe.memcg import mount_point
@@ -306,3 +307,62 @@ def kernel_log(host: HostView) -> Fact:
     raise HostError(
         f"{KERNEL_LOG}: {os.strerror(error)} (run as root, or sysctl kernel.dmesg_restrict=0)"
     )
+
+
+# Asking many
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A fact's answer under its name.
+
+    `holds` is None if the host could not say; `evidence` then says why.
+    """
+
+    name: str
+    holds: bool | None
+    evidence: str
+    mend: str = ""
+
+
+KVM_FACTS: tuple[FactFunction, ...] = (
+    x86_64,
+    kvm_device,
+    kvm_api,
+    kvm_amd,
+    svm,
+    nested_svm,
+    nested_state,
+    smm,
+    npt,
+    vgif,
+    nrip_save,
+)
+
+PROBE_FACTS: tuple[FactFunction, ...] = (
+    memory_controller,
+    memory_counters,
+    tracefs,
+    kprobe_events,
+    kernel_log,
+)
+
+
+def ask(name: str, question: Callable[[], Fact]) -> Answer:
+    """Return the answer to one question; a refusal is one too."""
+    try:
+        fact = question()
+    except (HostError, OSError) as e:
+        return Answer(name, None, str(e))
+    return Answer(name, fact.holds, fact.evidence, "" if fact.holds else fact.mend)
+
+
+def ask_host(questions: tuple[FactFunction, ...], host: HostView) -> tuple[Answer, ...]:
+    """Return the host's answers in the order of `questions`."""
+    return tuple(ask(function.__name__, partial(function, host)) for function in questions)
+
+
+def ask_here(emit: Callable[..., None]) -> list[dict[str, Any]]:
+    """Return all answers of the host that this runs in, as JSON takes them: called by the agent."""
+    answers = ask_host(KVM_FACTS + PROBE_FACTS, HostView())
+    return [asdict(answer) for answer in answers]

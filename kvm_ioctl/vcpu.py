@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -41,7 +40,6 @@ from kvm_ioctl.stats import StatsFd
 if TYPE_CHECKING:
     from kvm_ioctl.vm import Vm
 
-_KVM_RUN = VcpuRequests.KVM_RUN.number
 _KERNEL_SIGSET_BYTES = 8
 _EHWPOISON = 133  # asm-generic/errno.h; the errno module lacks it before Python 3.14
 
@@ -94,14 +92,14 @@ class Vcpu(VcpuRequests, VcpuFd):
         run = self._run
         if run is None:
             raise ClosedError("this vcpu fd is closed")
-        try:
-            # No third argument: the cheapest call there is that lets go of the GIL.
-            fcntl.ioctl(self._fd, _KVM_RUN)
-        except InterruptedError:
+        # Not fcntl.ioctl, which is a little cheaper: newer Pythons repeat it after EINTR, and then
+        # neither a signal nor immediate_exit gets a looping guest out.
+        result = VcpuRequests.KVM_RUN.raw(self._fd, None)
+        if result >= 0:
+            return decode(run)
+        if result == -errno.EINTR:
             return Interrupted()
-        except OSError as e:
-            return self._explain(run, e.errno or 0)
-        return decode(run)
+        return self._explain(run, -result)
 
     def _explain(self, run: kvm_run, error: int) -> Exit:
         annotated = error in (errno.EFAULT, _EHWPOISON)

@@ -13,9 +13,9 @@ from rich.console import Console
 
 import harness.commands.doctor
 from harness import doctor, facts, tools
-from harness.doctor import Answer, ask, collect, conclude_emulated, conclude_local, render
+from harness.doctor import collect, collect_inside, conclude_emulated, conclude_local, render
 from harness.errors import HostError
-from harness.facts import Fact
+from harness.facts import Answer, Fact, ask
 from harness.host.apt_sources import DEBIAN_KEYRING
 from harness.host.emulated import QEMU
 from harness.setup_machine import NEEDS
@@ -25,7 +25,7 @@ REFUSING = {"errnos": {"/dev/kvm": 13}}
 
 
 def test_every_fact_is_asked_once():
-    asked = [*doctor.KVM_FACTS, *doctor.PROBE_FACTS, *doctor.TOOL_FACTS]
+    asked = [*facts.KVM_FACTS, *facts.PROBE_FACTS, *doctor.TOOL_FACTS]
     assert len({fact.__name__ for fact in asked}) == len(asked)
     names = {answer.name for answer in collect(FakeHost(), FakeTools()).answers}
     assert names == {fact.__name__ for fact in asked}

@@ -9,24 +9,7 @@ from harness import facts
 from harness.errors import HostError
 from harness.facts import Fact, HostView
 
-ALL = (
-    facts.x86_64,
-    facts.kvm_device,
-    facts.kvm_api,
-    facts.kvm_amd,
-    facts.svm,
-    facts.nested_svm,
-    facts.npt,
-    facts.vgif,
-    facts.nrip_save,
-    facts.nested_state,
-    facts.smm,
-    facts.memory_controller,
-    facts.memory_counters,
-    facts.tracefs,
-    facts.kprobe_events,
-    facts.kernel_log,
-)
+ALL = (*facts.KVM_FACTS, *facts.PROBE_FACTS)
 
 NO_KVM = {"errnos": {"/dev/kvm": errno.ENOENT}, "modules": []}
 

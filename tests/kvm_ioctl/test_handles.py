@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import gc
 import mmap
 import os
@@ -46,6 +45,7 @@ from kvm_ioctl.linux_kvm import (
     kvm_irq_routing_entry,
     kvm_userspace_memory_region,
 )
+from kvm_ioctl.request import Ioctl
 
 MSR_IA32_SYSENTER_CS = 0x174
 MSR_IA32_APICBASE = 0x1B
@@ -258,11 +258,7 @@ def test_signal_mask_lets_a_blocked_signal_end_kvm_run(guest) -> None:
 
 def test_memory_fault_is_explained_once(guest, monkeypatch: pytest.MonkeyPatch) -> None:
     vcpu = guest(HLT).vcpu
-
-    def fault(*_: object) -> int:
-        raise OSError(errno.EFAULT, "Bad address")
-
-    monkeypatch.setattr(fcntl, "ioctl", fault)
+    monkeypatch.setattr(Ioctl, "raw", lambda *_: -errno.EFAULT)
     vcpu.run.exit_reason = ExitReason.KVM_EXIT_MEMORY_FAULT
     vcpu.run.memory_fault.gpa = 0x5000
     exit_ = vcpu.enter()

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -128,7 +127,7 @@ def collect_inside(host: Host) -> Inside:
     """
     result = host.start().call("harness.facts:ask_here", timeout_s=_INSIDE_S)
     answers = tuple(Answer(**answer) for answer in result.unwrap("asking the host"))
-    return Inside(f"{host.kind} host, kernel {host.describe()['kernel']}", answers)
+    return Inside(f"{host.kind} host, kernel {host.describe()['kernel_release']}", answers)
 
 
 def _userland(seen: Tools) -> Fact:
@@ -173,22 +172,27 @@ _SHOWN = {True: ("yes", "green"), False: ("no", "red"), None: ("?", "yellow")}
 
 
 def render(report: Report, console: Console | None = None) -> None:
-    """Print the report as a table, and the conclusions below it."""
+    """Print the answers in tables, and the conclusions below them."""
     console = console or Console()
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("fact", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("evidence, and what to do", overflow="fold")
     inside = {report.inside.title: report.inside.answers} if report.inside else {}
     for title, answers in {**report.sections, **inside}.items():
-        table.add_row(Text(title, style="bold"), "", "")
-        for answer in answers:
-            table.add_row(f"  {answer.name}", _holds(answer), _evidence(answer))
-    console.print(table)
+        console.print(Text(title, style="bold"))
+        console.print(_table(answers))
     console.print()
     for answer in (report.local, report.emulated):
         console.print(Text.assemble(answer.name, ": ", _holds(answer)))
         console.print(_evidence(answer), soft_wrap=True)
+
+
+def _table(answers: Iterable[Answer]) -> Table:
+    # One width for the names of all sections.
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, min_width=20)
+    table.add_column(no_wrap=True, min_width=3)
+    table.add_column(overflow="fold")
+    for answer in answers:
+        table.add_row(f"  {answer.name}", _holds(answer), _evidence(answer))
+    return table
 
 
 def _holds(answer: Answer) -> Text:

@@ -28,7 +28,7 @@ class HostLost(HostError):
 
 
 class HarnessError(NsvmError):
-    """This harness is at fault."""
+    """The harness itself is at fault."""
 
 
 class ScenarioFailure(NsvmError):

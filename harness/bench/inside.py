@@ -23,6 +23,7 @@ from kvm_ioctl.handles import Kvm
 ANSWER_S = 150.0
 
 _FIRST_COUNT = 2
+_WARM_UP_COUNT = 64
 _STOP_S = 10.0
 
 
@@ -186,7 +187,8 @@ def _repeat(
         return c_side.run(benchmark.c_loop, trial, benchmark.parts).seconds
 
     rounds = count or fitting_count(seconds, sample_s, benchmark.most)
-    benchmark.run(kvm, 1, benchmark.parts)  # the first one warms up
+    # C is warm by now.
+    benchmark.run(kvm, min(rounds, _WARM_UP_COUNT), benchmark.parts)
     for number in range(repeat):
         c, python = compare(benchmark, c_side, kvm, rounds, c_first=number % 2 == 0)
         emit(

@@ -12,7 +12,7 @@ from harness.bench.choose import ExpressionError, matching
 from harness.bench.loops import IOCTL_BENCHMARKS
 from harness.bench.native import executable
 from harness.bench.ratios import Comparison, Pair
-from harness.errors import HostError, HostLost
+from harness.errors import HostLost, NsvmError
 from harness.facts import HostView, kvm_device
 from harness.host.session import Event, Host
 from harness.runner.hosts import HostChoice, make_host
@@ -110,10 +110,12 @@ def run(wanted: Wanted, log: Callable[[str], None] = lambda text: None) -> Repor
     ioctl_names = [name for name in wanted.names if name in IOCTL_NAMES]
     program = executable("ioctl_loops").read_bytes() if ioctl_names else b""
     for kind in wanted.hosts:
-        if not ioctl_names or not _has_kvm(kind, report):
-            continue
+        if not ioctl_names:
+            break
         log(f"{len(ioctl_names)} ioctl benchmarks, {kind} host")
         with _recorded(report, kind):
+            if not _has_kvm(kind, report):
+                continue
             choice = HostChoice(kind, wanted.kernel if kind == "emulated" else None)
             with make_host(choice, log=log) as host:
                 _run_ioctl(host, ioctl_names, program, wanted, report)
@@ -136,7 +138,7 @@ class _recorded:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, HostError):
+        if not isinstance(error, NsvmError):
             return False
         self._report.errors.append(f"{self._kind} host: {error}")
         return True

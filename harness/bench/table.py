@@ -95,11 +95,11 @@ def show(report: Report, console: Console) -> None:
     """Print the report."""
     for host in report.hosts:
         line = f"{host['kind']}: kernel {host['kernel']}, {host['silicon']}"
-        console.print(escape(line))
+        console.print(escape(line), soft_wrap=True)
     for found in tables(report.rows):
         console.print(found)
     for skipped in report.skipped:
         line = f"skipped: {skipped['name']} on {skipped['host']}: {skipped['reason']}"
-        console.print(escape(line))
+        console.print(escape(line), soft_wrap=True)
     for error in report.errors:
-        console.print(f"[red]error:[/red] {escape(error)}")
+        console.print(f"[red]error:[/red] {escape(error)}", soft_wrap=True)

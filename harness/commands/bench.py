@@ -49,6 +49,8 @@ def command(host: str, kernel: str, repeat: int, expression: str, json_file: Pat
     """
     started = time.monotonic()
     hosts = _HOSTS[host]
+    if json_file is not None and not json_file.parent.is_dir():
+        raise HostError(f"cannot write {json_file}: no directory {json_file.parent}")
     wanted = Wanted(hosts, kernel, repeat, choose(expression, hosts))
     report = run(wanted, log=lambda text: click.echo(f"nsvm: {text}", err=True))
     if json_file is not None:

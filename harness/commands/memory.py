@@ -49,8 +49,8 @@ def command(
 ) -> None:
     """Measure nested-state memory per vCPU: EFER.SVME off, on, and off again.
 
-    Three independent probes must agree with each other and with the model. Exit status: 0 they do, 1
-    they do not, 2 it could not be measured.
+    Three independent probes must agree with each other and with the model. Exit status: 0 they do,
+    1 they do not, 2 it could not be measured.
     """
     choice = host_choice(host, kernel, modules)
     with make_host(choice, log=lambda text: click.echo(f"nsvm: {text}", err=True)) as where:
@@ -96,7 +96,7 @@ def _write_json(path: Path, report: dict[str, Any]) -> None:
 def _print(report: dict[str, Any]) -> None:
     console = Console(highlight=False)
     host = report["host"]
-    console.print(f"kernel   {host['kernel']}  ({host['kernel_origin']})")
+    console.print(f"kernel   {host['kernel_release']}  ({host['kernel_origin']})")
     console.print(f"host     {host['kind']}: {host['silicon']}")
     if "probes" not in report:
         console.print(f"verdict  {report['verdict']}: {report.get('reason', '')}")

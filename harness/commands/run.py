@@ -48,7 +48,8 @@ def command(
 
     FILES are scenario modules of your own; without any, all of the harness's run.
 
-    Exit status: 0 all passed, 1 something FAILed, 2 ERROR or MISS, 4 nothing ran or all was skipped.
+    Exit status: 0 all passed, 1 something FAILed, 2 ERROR or MISS, 4 nothing ran or all was
+    skipped.
     """
     choice = host_choice(host, kernel, modules)
     marks = ["quick"] if quick else []

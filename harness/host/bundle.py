@@ -1,7 +1,7 @@
 """The tree's own code as one archive that a host's Python imports.
 
-The emulated host may have been saved weeks ago; what it runs is always this tree. The archive holds byte
-code for exactly the host's interpreter, and the guest images, built from source.
+The emulated host may have been saved weeks ago; what it runs is always this tree. The archive holds
+byte code for exactly the host's interpreter, and the guest images, built from source.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The user's cache: everything downloaded or built that outlives one run.
 
-`$NSVM_CACHE`, else `$XDG_CACHE_HOME/nsvm`, else `~/.cache/nsvm`. Entries are keyed by their inputs and
-appear atomically, so a run that is killed leaves no half of one behind.
+`$NSVM_CACHE`, else `$XDG_CACHE_HOME/nsvm`, else `~/.cache/nsvm`. Entries are keyed by their inputs
+and appear atomically, so a run that is killed leaves no half of one behind.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The emulated host: a virtual AMD machine on which a real kernel runs its own `kvm_amd`.
 
-QEMU's TCG emulates SVM, nested paging and SMM. A cold boot takes seconds; at its end the whole machine,
-agent running, is saved to a file (a *warm state*), and later machines start from that in a fraction of a
-second. A warm state is keyed by everything that went into it.
+QEMU's TCG emulates SVM, nested paging and SMM. A cold boot takes seconds; at its end the whole
+machine, agent running, is saved to a file (a *warm state*), and later machines start from that in a
+fraction of a second. A warm state is keyed by everything that went into it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from harness.errors import HostError, HostLost
+from harness.errors import HarnessError, HostError, HostLost
 from harness.host import bundle, initrd
 from harness.host.cache import build_file, cache_dir, locked
 from harness.host.kernels import Kernel, module_closure, read_module
@@ -151,10 +151,10 @@ class EmulatedHost:
         """Return what results record of this host."""
         return {
             "kind": self.kind,
-            "kernel": self._hello.get("release", self.kernel.release),
+            "kernel_release": self._hello.get("release", self.kernel.release),
             "kernel_version": self._hello.get("version", ""),
             "kernel_origin": self.kernel.origin,
-            "params": self._hello.get("params", {}),
+            "module_parameters": self._hello.get("params", {}),
             "cpus": self.hardware.cpus,
             "memory_mib": self.hardware.memory_mib,
             "qemu_version": self.version,
@@ -239,7 +239,8 @@ class EmulatedHost:
 
     def _save(self, state: Path) -> None:
         """Save the running machine; without space, say so and go on without."""
-        assert self._run is not None  # noqa: S101
+        if self._run is None:
+            raise HarnessError("no machine to save")
         temporary = state.with_name(f".{state.name}.{os.getpid()}")
         try:
             self._run.monitor.save_machine(temporary)

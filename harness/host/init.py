@@ -1,7 +1,7 @@
 """Process 1 of the emulated host: mounts, modules, the channel; then it becomes the agent.
 
-Carried in the initrd beside `agent.py`; both import the standard library only and nothing of the tree,
-since the tree's own code arrives over the channel.
+Carried in the initrd beside `agent.py`; both import the standard library only and nothing of the
+tree, since the tree's own code arrives over the channel.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The emulated host's initrd: Python, the modules that KVM and the channel need, and the agent.
 
-An uncompressed cpio archive in the kernel's "newc" format (Documentation/driver-api/early-userspace/
-buffer-format.rst). Uncompressed, because unpacking under TCG costs more than reading.
+An uncompressed cpio archive in the kernel's "newc" format
+(Documentation/driver-api/early-userspace/ buffer-format.rst). Uncompressed, because unpacking under
+TCG costs more than reading.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This machine as a host: the agent runs as a child process, on the machine's own kernel."""
+"""The machine itself as a host: the agent runs as a child process, on the machine's own kernel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from harness.errors import HostError, HostLost
+from harness.errors import HarnessError, HostError, HostLost
 from harness.facts import HostView, kvm_device
 from harness.host.bundle import PRELOAD, build_images, tree_root
 from harness.host.session import Event, Session
@@ -23,8 +23,8 @@ class ProcessPipe:
     """The channel over a child's standard input and output."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdin is not None  # noqa: S101
-        assert process.stdout is not None  # noqa: S101
+        if process.stdin is None or process.stdout is None:
+            raise HarnessError("the agent was started without pipes")
         self._in = process.stdin
         self._out = process.stdout
 
@@ -43,7 +43,7 @@ class ProcessPipe:
 
 
 class LocalHost:
-    """This machine. Its module parameters are what they are; `params` must already hold."""
+    """The machine itself. Its module parameters are what they are; `params` must hold already."""
 
     kind = "local"
 
@@ -67,10 +67,10 @@ class LocalHost:
         """Return what results record of this host."""
         return {
             "kind": self.kind,
-            "kernel": self._hello.get("release", os.uname().release),
+            "kernel_release": self._hello.get("release", os.uname().release),
             "kernel_version": self._hello.get("version", os.uname().version),
             "kernel_origin": "this machine",
-            "params": self._hello.get("params", {}),
+            "module_parameters": self._hello.get("params", {}),
             "cpus": os.cpu_count(),
             "qemu_version": None,
             "silicon": _cpu_model(),

@@ -30,8 +30,8 @@ class Pipe(Protocol):
 class CallResult:
     """How a call ended, with all that was said meanwhile.
 
-    `outcome`: return, raise, died (by a signal or exit), timeout (and killed), stuck (in the kernel,
-    SIGKILL did not help).
+    `outcome`: return, raise, died (by a signal or exit), timeout (and killed), stuck (in the
+    kernel, SIGKILL did not help).
     """
 
     outcome: str

@@ -1,7 +1,7 @@
 """Finds the guest images where this process's code came from.
 
-They are built outside and carried in: beside the code in its archive, or, on the machine that built them,
-in the directory that `$NSVM_IMAGES` names.
+They are built outside and carried in: beside the code in its archive, or, on the machine that built
+them, in the directory that `$NSVM_IMAGES` names.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """When nested state is allocated, and how much: the first slice of the model.
 
-The unit is one vCPU. Sizes are those of the page allocator's blocks; slab objects do not change with
-EFER.SVME. Sources: arch/x86/kvm/svm `svm_set_efer`, `svm_allocate_nested`, `svm_free_nested`; the two
-series' posts for what came before and in between.
+The unit is one vCPU. Sizes are those of the page allocator's blocks; slab objects do not change
+with EFER.SVME. Sources: arch/x86/kvm/svm `svm_set_efer`, `svm_allocate_nested`, `svm_free_nested`;
+the two series' posts for what came before and in between.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def created(policy: Policy) -> VcpuState:
 def set_svme(s: VcpuState, svme: bool, *, memory: bool = True) -> tuple[VcpuState, bool]:
     """Write EFER.SVME by any path; return the new state and whether the write took effect.
 
-    Set: allocates unless that was done, and without `memory` changes nothing. Cleared: frees, but not
-    in SMM, where entry clears SVME and RSM brings it back. Source: `svm_set_efer`.
+    Set: allocates unless that was done, and without `memory` changes nothing. Cleared: frees, but
+    not in SMM, where entry clears SVME and RSM brings it back. Source: `svm_set_efer`.
     """
     if svme == s.svme:
         return s, True

@@ -1,8 +1,8 @@
-"""Probe: function events on KVM's allocate and free functions, and on the page allocator below them.
+"""Probe: function events on KVM's allocate and free functions and on the allocator below them.
 
-Kprobes bracket `svm_allocate_nested` and `svm_free_nested`; between entry and return on the same thread,
-each call of the page allocator is counted by its `order` argument and its result. Nothing here depends on
-the allocator's trace points or on stack unwinding.
+Kprobes bracket `svm_allocate_nested` and `svm_free_nested`; between entry and return on the same
+thread, each call of the page allocator is counted by its `order` argument and its result. Nothing
+here depends on the allocator's trace points or on stack unwinding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Bracket:
 
 @dataclass
 class FunctionProbe:
-    """Counts pages that pass between KVM's nested allocate/free functions and the page allocator."""
+    """Counts pages that pass between KVM's allocate/free functions and the page allocator."""
 
     name: str = "functions"
     total: int = 0

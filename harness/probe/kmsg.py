@@ -24,8 +24,8 @@ SPLATS = tuple(
     )
 )
 
-#: Taint bits that a scenario must not add (Documentation/admin-guide/tainted-kernels.rst): D(ie), W(arn),
-#: B(ad page), L(ockup), M(achine check). An out-of-tree module's bit is not one of them.
+#: Taint bits that a scenario must not add (Documentation/admin-guide/tainted-kernels.rst): D(ie),
+#: W(arn), B(ad page), L(ockup), M(achine check). An out-of-tree module's bit is not one of them.
 TAINTS = {7: "D (oops)", 9: "W (warning)", 5: "B (bad page)", 14: "L (soft lockup)", 4: "M (MCE)"}
 
 

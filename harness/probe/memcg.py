@@ -1,15 +1,15 @@
 """Probe: the memory controller's kernel counters, in a cgroup of this process's own.
 
-Kernel memory is charged to the thread that asks for it, so the whole process moves into a cgroup of its
-own for as long as the probe is armed, and back again afterwards.
+Kernel memory is charged to the thread that asks for it, so the whole process moves into a cgroup of
+its own for as long as the probe is armed, and back again afterwards.
 
 Which counter depends on the kernel and on the hierarchy that is mounted:
 
 - cgroup v2, `memory.stat: kernel` (6.1 has it, 5.10 has not). Read after enough of this cgroup's
-  statistics have changed to force a flush: from 6.12 on a plain reader otherwise sees figures up to two
-  seconds old (`mem_cgroup_flush_stats`, threshold `MEMCG_CHARGE_BATCH` per CPU).
-- cgroup v2 without that line: `memory.current` less user pages. It is charged in batches per CPU, so the
-  batches are drained first, which a lowered `memory.high` does on the way.
+  statistics have changed to force a flush: from 6.12 on a plain reader otherwise sees figures up to
+  two seconds old (`mem_cgroup_flush_stats`, threshold `MEMCG_CHARGE_BATCH` per CPU).
+- cgroup v2 without that line: `memory.current` less user pages. It is charged in batches per CPU,
+  so the batches are drained first, which a lowered `memory.high` does on the way.
 - cgroup v1: `memory.kmem.usage_in_bytes`, charged page by page.
 """
 

@@ -1,9 +1,9 @@
 """Probe: the page allocator's own events, with the call sites.
 
-Events `kmem:mm_page_alloc` and `kmem:mm_page_free` with kernel stacks, kept as a ledger by page frame
-number. Counted is what this process allocated below an ioctl on a KVM file descriptor, slab pages
-excepted: those are shared caches, and grow when they please. Frees count whoever does them: KVM leaves
-some to RCU and to workers.
+Events `kmem:mm_page_alloc` and `kmem:mm_page_free` with kernel stacks, kept as a ledger by page
+frame number. Counted is what this process allocated below an ioctl on a KVM file descriptor, slab
+pages excepted: those are shared caches, and grow when they please. Frees count whoever does them:
+KVM leaves some to RCU and to workers.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CallSite:
 
 
 def call_site(event: TraceEvent) -> CallSite | None:
-    """Return the KVM call site of an allocation; None if KVM did not ask for it, or only for slab."""
+    """Return the KVM call site of an allocation; None if it is not KVM's, or only for slab."""
     entry = next((n for n, frame in enumerate(event.stack) if frame in _ENTRIES), None)
     if entry is None or any(_SLAB.match(frame) for frame in event.stack):
         return None

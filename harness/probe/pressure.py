@@ -1,9 +1,10 @@
 """Makes kernel allocations fail on a stock kernel: a memory cgroup that may not grow.
 
-Fault injection is off in distribution kernels; the memory controller is not. The process under test sits
-in a cgroup whose `memory.max` a helper outside sets to what it holds at that moment. Allocations that are
-charged to it (GFP_KERNEL_ACCOUNT) then fail with -ENOMEM as soon as the charges cached per CPU are used
-up, and `oom_score_adj` keeps the OOM killer from ending the test instead.
+Fault injection is off in distribution kernels; the memory controller is not. The process under test
+sits in a cgroup whose `memory.max` a helper outside sets to what it holds at that moment.
+Allocations that are charged to it (GFP_KERNEL_ACCOUNT) then fail with -ENOMEM as soon as the
+charges cached per CPU are used up, and `oom_score_adj` keeps the OOM killer from ending the test
+instead.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ _NEVER = "-1000"
 _MCL_CURRENT = 1  # asm-generic/mman.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
-#: The helper lifts the limit by itself after so long: this process may be waiting for a page of its own.
+#: The helper lifts the limit by itself after so long: this process may be waiting for a page of its
+#: own.
 LIFT_S = 15.0
 _ANSWER_S = 10.0
 
@@ -82,12 +84,14 @@ class MemoryPressure:
     def apply(self) -> None:
         """Allow not a page more from now on, for `LIFT_S` seconds at most.
 
-        This process must touch no new memory of its own until `lift`: run the same code once before.
+        This process must touch no new memory of its own until `lift`: run the same code once
+        before.
         """
         gc.collect()
         gc.disable()
-        # This process shares pages with those that it was forked from and that it forked. Locking makes
-        # each writable one its own now, rather than at the next write, which would have to wait.
+        # This process shares pages with those that it was forked from and that it forked. Locking
+        # makes each writable one its own now, rather than at the next write, which would have to
+        # wait.
         if _libc.mlockall(_MCL_CURRENT):
             raise HostError(f"mlockall: {os.strerror(ctypes.get_errno())}")
         self._order(b"a")

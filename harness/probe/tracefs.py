@@ -1,7 +1,7 @@
 """A trace instance of our own: its buffer, its events, its options, and nobody else's.
 
-Documentation/trace/ftrace.rst, "Instances". The instance is removed on leaving; instances of processes
-that were killed are removed by the next one that arms a probe.
+Documentation/trace/ftrace.rst, "Instances". The instance is removed on leaving; instances of
+processes that were killed are removed by the next one that arms a probe.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class TraceInstance:
                 raise HarnessError(f"trace buffer too small: {lost[1]} events lost")
 
 
-# "comm-tid [cpu] flags stamp: " and then "name: fields", or "<stack trace>" for the event before it.
+# "comm-tid [cpu] flags stamp: " and then "name: fields", or "<stack trace>" for the event before
+# it.
 _LINE = re.compile(r"^.*-(\d+)\s+(\[\d+\]) \S+\s+[\d.]+: (?:(\w+): (.*)|<stack trace>)$")
 _FIELD = re.compile(r"(\w+)=(\S+)")
 
@@ -149,8 +150,8 @@ _FIELD = re.compile(r"(\w+)=(\S+)")
 def parse(text: str) -> list[TraceEvent]:
     """Return the events of a trace, each with its stack if one was recorded.
 
-    Events of several CPUs are interleaved, so a stack may follow an event of another CPU: it belongs
-    to the last event of its own thread on its own CPU.
+    Events of several CPUs are interleaved, so a stack may follow an event of another CPU: it
+    belongs to the last event of its own thread on its own CPU.
     """
     found: list[tuple[int, str, str, list[str]]] = []
     last: dict[tuple[str, str], list[str]] = {}

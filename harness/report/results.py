@@ -1,4 +1,4 @@
-"""results.jsonl: one event per line, written as it happens, so that a crash loses nothing recorded."""
+"""results.jsonl: one event per line, written as it happens: a crash loses nothing recorded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.errors import HostError
 
 
 class ResultsFile:
-    """An append-only file of events; every line is complete and flushed before the next is begun."""
+    """An append-only file of events; each line is whole and flushed before the next is begun."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -35,7 +35,8 @@ class Outcome:
 def exit_status(verdicts: list[Verdict]) -> int:
     """Return the exit status of a run.
 
-    0: all that ran passed; 1: something FAILed; 2: ERROR or MISS; 4: nothing ran or all was skipped.
+    0: all that ran passed; 1: something FAILed; 2: ERROR or MISS; 4: nothing ran or all was
+    skipped.
     """
     if any(v in (Verdict.ERROR, Verdict.MISS) for v in verdicts):
         # A FAIL is news about KVM even in a run that is otherwise broken.

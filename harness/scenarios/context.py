@@ -1,4 +1,4 @@
-"""What a scenario is given: a KVM, machines that are closed behind it, and a way to say what it saw."""
+"""What a scenario is given: a KVM, machines closed behind it, and a way to say what it saw."""
 
 from __future__ import annotations
 

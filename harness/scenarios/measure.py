@@ -122,7 +122,7 @@ PATHS: dict[str, Callable[[Sequence[Machine]], ToggleByGuest | ToggleByMsrs | To
 
 
 def ready_machine(kvm: Kvm, vcpus: int, *, stage: Stage = Stage.READY, **options: Any) -> Machine:
-    """Return a machine with guest `svme`, all vCPUs run up to `stage`: what they touch is mapped."""
+    """Return a machine with guest `svme`, all vCPUs run up to `stage`, all they touch mapped."""
     machine = Machine(kvm, image=load_image("svme"), vcpus=vcpus, **options)
     try:
         guest = SvmeGuest(machine)
@@ -155,8 +155,8 @@ def measure(
 ) -> Reading:
     """Return an armed probe's figures, medians over `rounds` of on and off.
 
-    The median, because slab pages and this process's own pages come and go between two readings; and
-    one round ahead of the others, in which what is touched for the first time is touched.
+    The median, because slab pages and this process's own pages come and go between two readings;
+    and one round ahead of the others, in which what is touched for the first time is touched.
     """
     ons, offs = [], []
     before = 0

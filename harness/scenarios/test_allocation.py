@@ -1,7 +1,7 @@
 """When KVM allocates a vCPU's nested state, and when it gives it back.
 
-Sources: `svm_set_efer`, `svm_allocate_nested`, `svm_free_nested` (arch/x86/kvm/svm); commit 2fcf4876ada8
-("KVM: nSVM: implement on demand allocation of the nested state", 5.10).
+Sources: `svm_set_efer`, `svm_allocate_nested`, `svm_free_nested` (arch/x86/kvm/svm); commit
+2fcf4876ada8 ("KVM: nSVM: implement on demand allocation of the nested state", 5.10).
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def _predicted(*svme: bool) -> VcpuState:
 @scenario(
     needs=[nested_svm],
     axes={"path": ("wrmsr", "msrs", "sregs"), "probe": PROBES},
-    quick=True,
 )
 def test_svme_set_allocates_and_cleared_frees(context: Context, path: str, probe: str) -> None:
     """Setting EFER.SVME allocates a vCPU's nested state, clearing it frees all of it."""
@@ -107,7 +106,7 @@ def test_untouched_vcpus_pay_nothing(context: Context) -> None:
 
 @scenario(needs=[nested_svm], levels=2, quick=True)
 def test_allocated_state_is_the_state_in_use(context: Context) -> None:
-    """While L2 is the current context, KVM_GET_NESTED_STATE reports it with the vmcb12 it runs from."""
+    """While L2 is current, KVM_GET_NESTED_STATE reports it, with the vmcb12 that it runs from."""
     machine = context.enter(ready_machine(context.kvm, 1))
     guest = SvmeGuest(machine)
     vcpu = machine.vcpus[0].vcpu
@@ -130,7 +129,7 @@ def test_allocated_state_is_the_state_in_use(context: Context) -> None:
     context.expect("nested bytes after SVME=0", _nested_bytes(counter), 0)
 
 
-@scenario(needs=[nested_svm], axes={"path": ("msrs", "sregs")}, levels=2)
+@scenario(needs=[nested_svm], axes={"path": ("msrs", "sregs")}, levels=2, quick=True)
 def test_svme_cleared_by_userspace_in_l2_frees(context: Context, path: str) -> None:
     """Clearing EFER.SVME from userspace while L2 is current leaves guest mode and frees."""
     machine = context.enter(ready_machine(context.kvm, 1))
@@ -171,7 +170,7 @@ def _run_and_close(context: Context, stage: str, vcpus: int) -> None:
             guest.advance(index, to=Stage[stage], timeout_s=STAGE_TIMEOUT_S)
 
 
-@scenario(needs=[nested_svm], axes={"stage": ("SVME_ON", "IN_L2")}, levels=2)
+@scenario(needs=[nested_svm], axes={"stage": ("SVME_ON", "IN_L2")}, levels=2, quick=True)
 def test_resetting_a_vcpu_frees(context: Context, stage: str) -> None:
     """A vCPU that userspace puts back to its reset state has no nested state and is not in L2."""
     machine = context.enter(ready_machine(context.kvm, 1))

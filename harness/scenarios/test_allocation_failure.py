@@ -1,8 +1,9 @@
 """What happens when nested state cannot be allocated: refused whole, and undone whole.
 
-Sources: `svm_set_efer` restores the old EFER and returns the error; `svm_allocate_nested` frees the page
-when the MSR permission map fails; commit 7dffecaf4eab ("KVM: x86: report negative values from wrmsr
-emulation to userspace", 5.10) takes -ENOMEM to KVM_RUN's caller. Before, in series v1, the guest got #GP.
+Sources: `svm_set_efer` restores the old EFER and returns the error; `svm_allocate_nested` frees the
+page when the MSR permission map fails; commit 7dffecaf4eab ("KVM: x86: report negative values from
+wrmsr emulation to userspace", 5.10) takes -ENOMEM to KVM_RUN's caller. Before, in series v1, the
+guest got #GP.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def _by_guest(machine: Machine, index: int) -> int:
 
 ATTEMPTS: dict[str, Attempt] = {"wrmsr": _by_guest, "msrs": _by_msrs, "sregs": _by_sregs}
 
-#: What userspace is told where allocation failed. KVM_SET_SREGS drops the error: EFER must be read back.
+#: What userspace is told where allocation failed. KVM_SET_SREGS drops the error: EFER must be read
+#: back.
 TOLD = {"wrmsr": errno.ENOMEM, "msrs": errno.ENOMEM, "sregs": 0}
 
 

@@ -7,6 +7,7 @@ from harness.bench.choose import ExpressionError
 from harness.bench.ratios import Comparison, Pair
 from harness.bench.suite import NAMES, Report
 from harness.commands import bench
+from harness.errors import HostError
 
 
 @pytest.fixture
@@ -62,4 +63,11 @@ def test_what_could_not_be_measured_is_status_2_and_still_shown(invoke):
 def test_an_expression_that_chooses_nothing_is_an_error_before_anything_runs(invoke):
     result, wanted = invoke("-k", "nothing_like_it")
     assert isinstance(result.exception, ExpressionError)
+    assert wanted == []
+
+
+def test_a_report_that_could_not_be_written_is_an_error_before_anything_runs(invoke, tmp_path):
+    result, wanted = invoke("--json", str(tmp_path / "missing" / "out.json"))
+    assert isinstance(result.exception, HostError)
+    assert "missing" in str(result.exception)
     assert wanted == []

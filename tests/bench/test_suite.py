@@ -1,8 +1,9 @@
 import pytest
 
 from harness.bench import suite
+from harness.bench.ratios import Comparison, Pair
 from harness.bench.suite import IOCTL_NAMES, IoctlRows, Report, Wanted, run
-from harness.errors import HostError, HostLost
+from harness.errors import HarnessError, HostError, HostLost
 from harness.host.session import CallResult
 
 
@@ -134,3 +135,14 @@ def test_a_kvm_that_may_not_be_used_is_an_error_and_the_other_host_goes_on(run_o
     report = run_on(host, Wanted(("local", "emulated"), "6.1", 1, ("api_version",)))
     assert report.errors == ["local host: /dev/kvm: Permission denied"]
     assert [(row.host, row.name) for row in report.rows] == [("emulated", "api_version")]
+
+
+def test_a_fault_of_the_harness_keeps_what_was_measured(run_on, monkeypatch):
+    def faulty(names, kernel, repeat, done):
+        done([Comparison("start_warm", "emulated", "bare QEMU", pairs=[Pair(1.0, 1.0)])])
+        raise HarnessError("no channel and monitor")
+
+    monkeypatch.setattr(suite, "run_boot_benchmarks", faulty)
+    report = run_on(FakeHost(), Wanted(("emulated",), "6.1", 1, ("start_warm", "memory")))
+    assert [row.name for row in report.rows] == ["start_warm"]
+    assert report.errors == ["emulated host: no channel and monitor"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from guest_images.header import HEADER_NAME, generated_header, linker_symbols
 from harness.errors import HostError
+from harness.host.cache import cache_dir
 
 SOURCES = Path(__file__).parent
 
@@ -88,7 +89,7 @@ def build(name: str, elf_class: ElfClass = ElfClass.ELF64, cache: Path | None = 
     if name not in _GUESTS:
         raise ImageBuildError(f"no guest image named {name!r}; there are {', '.join(_GUESTS)}")
     compiler = _Compiler()
-    directory = (cache or _default_cache()) / _cache_key(compiler.version)
+    directory = (cache or cache_dir() / "images") / _cache_key(compiler.version)
     image = directory / f"{name}{'.elf' if elf_class is ElfClass.ELF64 else '.elf32'}"
     if not image.exists():
         try:
@@ -109,11 +110,6 @@ def build_all(cache: Path | None = None) -> dict[str, Path]:
 def image_hash(image: Path) -> str:
     """Return the SHA-256 of an image, as recorded with results."""
     return hashlib.sha256(image.read_bytes()).hexdigest()
-
-
-def _default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "nsvm" / "images"
 
 
 class _Compiler:

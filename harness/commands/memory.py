@@ -72,8 +72,10 @@ def command(
 
 
 def _report(host: Host, result: CallResult) -> dict[str, Any]:
-    if result.outcome != "return" and result.error.get("type") == "ScenarioFailure":
-        measured: dict[str, Any] = {"verdict": "FAIL", "reason": result.error["message"]}
+    own_words = {"ScenarioFailure": "FAIL", "Unsupported": "SKIP"}
+    verdict = next((own_words[c] for c in result.error.get("bases", ()) if c in own_words), None)
+    if verdict:
+        measured: dict[str, Any] = {"verdict": verdict, "reason": result.error["message"]}
     else:
         measured = dict(result.unwrap("measuring nested-state memory"))
     said = splats(event["text"] for event in result.kmsg)

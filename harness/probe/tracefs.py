@@ -72,7 +72,7 @@ class TraceInstance:
     """
 
     def __init__(
-        self, label: str, *, buffer_kib: int = 16384, stacks: bool = False, all_tasks: bool = False
+        self, label: str, *, buffer_kib: int = 8192, stacks: bool = False, all_tasks: bool = False
     ) -> None:
         self.path = TRACEFS / "instances" / f"{_PREFIX}{label}-{os.getpid()}"
         self._buffer_kib = buffer_kib

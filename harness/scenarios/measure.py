@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-from harness.errors import ScenarioFailure
+from harness.errors import ScenarioFailure, Unsupported
+from harness.facts import HostView, nested_svm
 from harness.machine.guest_abi import Command, Stage
 from harness.machine.images import load_image
 from harness.machine.machine import Machine
@@ -195,7 +196,16 @@ def call_sites_of(probe: PageAllocProbe, rounds: int) -> list[dict[str, Any]]:
 def measure_nested_memory(
     emit: Callable[..., None], vcpus: int, vms: int, path: str = "wrmsr", rounds: int = 3
 ) -> dict[str, Any]:
-    """Measure `vms` VMs of `vcpus` vCPUs each; return what ``nsvm memory --json`` prints of it."""
+    """Measure `vms` VMs of `vcpus` vCPUs each; return what ``nsvm memory --json`` prints of it.
+
+    Raises:
+        Unsupported: the host has no nested SVM.
+        ScenarioFailure: KVM did not do as it was told.
+        HostError: a probe cannot be armed.
+    """
+    fact = nested_svm(HostView())
+    if not fact.holds:
+        raise Unsupported(f"nested_svm: {fact.evidence}")
     readings: dict[str, Reading] = {}
     with ExitStack() as stack:
         kvm = stack.enter_context(Kvm())

@@ -8,8 +8,6 @@ import pkgutil
 from collections.abc import Iterator
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 import harness.scenarios
 from harness.scenarios.case import Scenario, cases_of, scenario_of
@@ -50,9 +48,9 @@ def command(as_json: bool) -> None:
         ]
         click.echo(json.dumps(entries, indent=2))
         return
-    table = Table(show_lines=False)
-    for column in ("scenario", "cases", "claim"):
-        table.add_column(column, justify="right" if column == "cases" else "left")
     for _, declared in found:
-        table.add_row(declared.name, str(len(list(cases_of(declared)))), declared.claim)
-    Console(highlight=False).print(table)
+        cases = len(list(cases_of(declared)))
+        marks = [mark for mark in ("quick", "unsafe") if getattr(declared, mark)]
+        click.echo(f"{declared.name}  [{', '.join([f'{cases} case(s)', *marks])}]")
+        click.echo(f"    {declared.claim}")
+    click.echo(f"{len(found)} scenarios, {sum(len(list(cases_of(d))) for _, d in found)} cases")

@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ _BEAT_S = 1.0
 #: From SIGUSR2 (write all stacks) to SIGKILL, and from SIGKILL to "stuck in the kernel".
 _DUMP_S = 1.0
 _REAP_S = 10.0
+#: For a call whose channel was closed: from SIGTERM to SIGKILL.
+_CLEAN_UP_S = 5.0
+#: For what a dead child's own children may go on to write.
+_DRAIN_S = 1.0
 _KVM_CREATE_VM = 0xAE01
 _BUNDLES = Path("/run/nsvm")
 
@@ -76,15 +80,14 @@ class Channel:
         chunk = os.read(self._reader, 65536)
         if not chunk:
             raise EOFError("the channel was closed")
-        *lines, self._pending = (self._pending + chunk).split(b"\n")
+        self._pending += chunk
         found = []
-        while lines:
-            command = json.loads(lines.pop(0))
+        while b"\n" in self._pending:
+            line, _, self._pending = self._pending.partition(b"\n")
+            command = json.loads(line)
             if command["op"] == "bundle":
-                # The bytes behind this line are not lines: give them back before reading them.
-                rest = b"\n".join([*lines, self._pending]) if lines else self._pending
-                command["data"], self._pending = self._exactly(rest, command["size"])
-                lines = []
+                # The bytes behind this line are not lines.
+                command["data"], self._pending = self._exactly(self._pending, command["size"])
             found.append(command)
         return found
 
@@ -129,7 +132,8 @@ class Kmsg:
     def __init__(self) -> None:
         try:
             self.fd: int | None = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except PermissionError:
+        except OSError:
+            # Not ours to read, or not there in a container: `nsvm doctor` says which.
             self.fd = None
         self.skip()
 
@@ -190,6 +194,34 @@ class Call:
         *lines, self.buffers[fd] = (self.buffers.get(fd, b"") + chunk).split(b"\n")
         return [line.decode(errors="replace") for line in lines]
 
+    def remaining(self) -> Iterator[tuple[int, str]]:
+        """Yield what a dead child left in its pipes: descriptor and line.
+
+        A process that the child left behind may hold the pipes open and even write on, so their
+        end is not waited for.
+        """
+        until = time.monotonic() + _DRAIN_S
+        while (ready := select.select(self.open, [], [], 0)[0]) and time.monotonic() < until:
+            for fd in ready:
+                for line in self.lines(fd):
+                    yield fd, line
+        for fd, rest in self.buffers.items():
+            if rest:
+                yield fd, rest.decode(errors="replace")
+
+    def end(self) -> None:
+        """Let the child clean up and end, and kill it if it does not; what it says is lost."""
+        signal.pidfd_send_signal(self.pidfd, signal.SIGTERM)
+        until = time.monotonic() + _CLEAN_UP_S
+        while (left := until - time.monotonic()) > 0:
+            ready = select.select([self.pidfd, *self.open], [], [], left)[0]
+            if self.pidfd in ready:
+                return
+            # Read, so that the child does not wait for room in a pipe.
+            for fd in ready:
+                self.lines(fd)
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
     def expire(self) -> None:
         """Go one step further in getting rid of the child: stacks, SIGKILL, giving up."""
         now = time.monotonic()
@@ -222,6 +254,8 @@ def _child(command: Event, events: int, output: int, unwanted: list[int]) -> Non
     try:
         for fd in unwanted:
             os.close(fd)
+        # A local agent's standard input is its channel.
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
@@ -310,7 +344,12 @@ class Agent:
         if fd == call.output:
             self.send({"event": "output", "id": call.id, "text": line})
             return
-        event = json.loads(line)
+        try:
+            event = json.loads(line)
+        except ValueError:
+            # A child that is killed while it writes leaves half a line.
+            self.send({"event": "output", "id": call.id, "text": f"(cut short) {line}"})
+            return
         if event["event"] == "result":
             call.result = event
         else:
@@ -335,10 +374,8 @@ class Agent:
             self.send({"event": "kmsg", "id": call.id, **record})
 
     def _reap(self, call: Call) -> None:
-        while call.open:
-            for fd in list(call.open):
-                for line in call.lines(fd):
-                    self._from_child(call, fd, line)
+        for fd, line in call.remaining():
+            self._from_child(call, fd, line)
         _, status = os.waitpid(call.pid, 0)
         if call.state != "running":
             end: Event = {"outcome": "timeout"}
@@ -403,7 +440,7 @@ def serve(reader: int, writer: int, hold: object = None) -> None:
         agent.loop()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         if agent.call:
-            signal.pidfd_send_signal(agent.call.pidfd, signal.SIGTERM)
+            agent.call.end()
     del hold
 
 

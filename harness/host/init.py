@@ -18,7 +18,7 @@ import agent  # type: ignore[import-not-found]  # beside it in the initrd
 #: finit_module(2), asm/unistd_64.h; the C library has no wrapper for it.
 _SYS_FINIT_MODULE = 313
 _PORT_NAME = "nsvm"
-_PORT_DEADLINE_S = 30.0
+_PORT_DEADLINE_S = 10.0
 
 _MOUNTS = (
     ("proc", "/proc"),
@@ -73,4 +73,7 @@ def _open_port(name: str) -> int:
             if entry.read_text().strip() == name:
                 return os.open(f"/dev/{entry.parent.name}", os.O_RDWR)
         time.sleep(0.01)
-    raise TimeoutError(f"no virtio port {name!r} within {_PORT_DEADLINE_S:.0f} s")
+    raise TimeoutError(
+        f"no virtio port {name!r} within {_PORT_DEADLINE_S:.0f} s: the kernel needs virtio_pci and"
+        " virtio_console, built in or as modules"
+    )

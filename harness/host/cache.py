@@ -6,10 +6,10 @@ and appear atomically, so a run that is killed leaves no half of one behind.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,11 +35,15 @@ def locked(name: str, timeout_s: float = 600) -> Iterator[None]:
     """Hold the cache's lock called `name`; two runs never build the same entry at once.
 
     Raises:
-        HostError: another process held it for `timeout_s` seconds.
+        HostError: another process held it for `timeout_s` seconds, or the cache is not writable.
     """
     path = cache_dir() / "locks" / name
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w") as lock:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        lock = open(path, "w")  # noqa: SIM115
+    except OSError as e:
+        raise HostError(f"lock {path}: {e.strerror}") from e
+    with lock:
         deadline = time.monotonic() + timeout_s
         while True:
             try:
@@ -63,30 +67,37 @@ def build_file(path: Path, write: Callable[[Path], None]) -> Path:
     with locked(path.name):
         if path.exists():
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
             temporary.rename(path)
         except OSError as e:
             raise HostError(f"cannot write {path}: {e.strerror or e}") from e
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(NotADirectoryError):
+                temporary.unlink(missing_ok=True)
     return path
 
 
 def build_dir(path: Path, fill: Callable[[Path], None]) -> Path:
-    """Return the directory `path`, filled by `fill(temporary)` if it was not there."""
+    """Return the directory `path`, filled by `fill(temporary)` if it was not there.
+
+    Raises:
+        HostError: no space, or the cache is not writable; nothing is left behind.
+    """
     if path.exists():
         return path
     with locked(path.name):
         if path.exists():
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A killed process of the same number may have left one.
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
             fill(temporary)
-            temporary.chmod(0o755)
             temporary.rename(path)
         except OSError as e:
             raise HostError(f"cannot write {path}: {e.strerror or e}") from e

@@ -50,6 +50,8 @@ _COMPLAINTS = ("BUG:", "Oops", "Kernel panic", "WARNING:", "sysrq:", "nsvm-init:
 
 COLD_BOOT_S = 120.0
 WARM_START_S = 30.0
+#: For a command, code included, to be taken by a host that is alive.
+SEND_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class SocketPipe:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        # Reading waits elsewhere; this is for writing to a host that no longer reads.
+        sock.settimeout(SEND_S)
 
     def fileno(self) -> int:
         """Return the descriptor to poll."""
@@ -134,6 +138,7 @@ class EmulatedHost:
         self._scratch = Path(tempfile.mkdtemp(prefix="nsvm-host-"))
         self._starts = 0
         self._hello: Event = {}
+        self._code: bundle.Bundle | None = None
         self.started_warm = False
 
     def __enter__(self) -> Self:
@@ -179,21 +184,39 @@ class EmulatedHost:
         """Start a machine with the tree's code loaded in its agent.
 
         The nearest saved state is taken: one with this very code, else one without any, else none;
-        the states that were missing are saved on the way.
+        the states that were missing are saved on the way. One that does not come up is forgotten,
+        and the machine booted cold.
 
         Raises:
             HostError: it does not come up.
         """
         self._stop()
-        code = bundle.build_bundle(userland())
+        if self._code is None:
+            # Once: all machines of a run have the same code, whatever is edited meanwhile.
+            self._code = bundle.build_bundle(userland())
         try:
-            session = self._start_with(code)
-            self._hello = session.hello(WARM_START_S)
+            try:
+                return self._started(self._code)
+            except HostLost as e:
+                if not self.started_warm:
+                    raise
+                self._log(f"warm state forgotten: {e}")
+                self._stop()
+                self._forget(self._code)
+                return self._started(self._code)
         except HostLost as e:
             raise HostError(f"the emulated host did not come up: {e}\n{e.console}".rstrip()) from e
+
+    def _started(self, code: bundle.Bundle) -> Session:
+        session = self._start_with(code)
+        self._hello = session.hello(WARM_START_S)
         if self._hello["bundle"] != code.name:
             raise HostError(f"the host runs code {self._hello['bundle']}, not {code.name}")
         return session
+
+    def _forget(self, code: bundle.Bundle) -> None:
+        for name in (code.name, "base"):
+            self._state_path(name).unlink(missing_ok=True)
 
     def _start_with(self, code: bundle.Bundle) -> Session:
         if not self._warm:

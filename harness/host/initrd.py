@@ -88,12 +88,12 @@ def native_python(userland: Path) -> list[str]:
 def compile_tree(userland: Path, tree: Path, installed_as: str) -> None:
     """Replace every .py below `tree` by its byte code; tracebacks name `installed_as`."""
     command = [
-        *native_python(userland), "-ISBm", "compileall", "-q", "-b", "-s", str(tree),
+        *native_python(userland), "-sSBm", "compileall", "-q", "-b", "-s", str(tree),
         "-p", installed_as, "--invalidation-mode", "unchecked-hash", str(tree),
     ]  # fmt: skip
-    environment = {**os.environ, "PYTHONHOME": str(userland / "usr")}
-    # -I ignores PYTHONHOME, so the isolated flag is dropped in favour of an explicit environment.
-    command[command.index("-ISBm")] = "-sSBm"
+    # Not -I, which ignores PYTHONHOME too: what the user has set for another Python goes this way.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment["PYTHONHOME"] = str(userland / "usr")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise HostError(

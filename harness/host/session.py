@@ -68,7 +68,7 @@ class Session:
         try:
             self._pipe.transmit(json.dumps(command).encode() + b"\n" + payload)
         except OSError as e:
-            raise self._why_dead(f"the channel broke: {e.strerror}") from e
+            raise self._why_dead(f"the channel broke: {e.strerror or e}") from e
 
     def events(self, silence_s: float = SILENCE_S) -> Iterator[Event]:
         """Yield events as they come.
@@ -85,7 +85,7 @@ class Session:
                 try:
                     chunk = self._pipe.receive()
                 except OSError as e:
-                    raise self._why_dead(f"the channel broke: {e.strerror}") from e
+                    raise self._why_dead(f"the channel broke: {e.strerror or e}") from e
                 if not chunk:
                     raise self._why_dead("the channel ended")
                 self._buffer += chunk

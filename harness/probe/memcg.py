@@ -8,16 +8,19 @@ Which counter depends on the kernel and on the hierarchy that is mounted:
 - cgroup v2, `memory.stat: kernel` (6.1 has it, 5.10 has not). Read after enough of this cgroup's
   statistics have changed to force a flush: from 6.12 on a plain reader otherwise sees figures up to
   two seconds old (`mem_cgroup_flush_stats`, threshold `MEMCG_CHARGE_BATCH` per CPU).
-- cgroup v2 without that line: `memory.current` less user pages. It is charged in batches per CPU,
-  so the batches are drained first, which a lowered `memory.high` does on the way.
+- cgroup v2 without that line: `memory.current` less this process's own pages, which are counted in
+  its page tables (the line `anon` lags by up to 32 pages per CPU). It is charged in batches per
+  CPU, so the batches are drained first, which a lowered `memory.high` does on the way.
 - cgroup v1: `memory.kmem.usage_in_bytes`, charged page by page.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
+import re
 import time
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +30,9 @@ from harness.errors import HostError
 from harness.probe.tracefs import write
 
 PAGE_SIZE = 4096
+
+_MCL_CURRENT = 1  # asm-generic/mman.h
+_libc = ctypes.CDLL(None, use_errno=True)
 
 #: More pages than any flush threshold seen: 64 per CPU.
 _CHURN_PAGES_PER_CPU = 128
@@ -129,6 +135,25 @@ def remove_leftovers(root: Path) -> None:
                 path.rmdir()
 
 
+def own_all_pages() -> None:
+    """Make every writable page of this process its own, and lock it.
+
+    Pages are shared with the process that this one was forked from; the copy that a later write
+    makes would be charged in the middle of a measurement, or, under memory pressure, not be had at
+    all.
+
+    Raises:
+        HostError: the kernel refuses (RLIMIT_MEMLOCK, when not root).
+    """
+    if _libc.mlockall(_MCL_CURRENT):
+        raise HostError(f"mlockall: {os.strerror(ctypes.get_errno())}")
+
+
+def disown_pages() -> None:
+    """Unlock what `own_all_pages` locked."""
+    _libc.munlockall()
+
+
 class MemcgProbe:
     """Counts kernel memory by the memory controller's books."""
 
@@ -142,8 +167,11 @@ class MemcgProbe:
         self.cgroup.__enter__()
         if self.cgroup.version == 1:
             self._source = "memory.kmem.usage_in_bytes"
+        elif "kernel" in self.cgroup.stat():
+            self._source = "memory.stat"
         else:
-            self._source = "memory.stat" if "kernel" in self.cgroup.stat() else "memory.current"
+            self._source = "memory.current"
+            own_all_pages()
         return self
 
     def __exit__(
@@ -152,6 +180,8 @@ class MemcgProbe:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._source == "memory.current":
+            disown_pages()
         self.cgroup.__exit__(kind, error, trace)
 
     @property
@@ -168,7 +198,7 @@ class MemcgProbe:
             return self.cgroup.stat()["kernel"]
         self._churn()
         self._drain()
-        return self.cgroup.value("memory.current") - self._user_bytes()
+        return self.cgroup.value("memory.current") - _user_bytes()
 
     def resolution_bytes(self) -> int:
         """Return the error of one reading.
@@ -190,6 +220,11 @@ class MemcgProbe:
         write(self.cgroup.path / "memory.high", str(max(0, current - PAGE_SIZE)))
         write(self.cgroup.path / "memory.high", "max")
 
-    def _user_bytes(self) -> int:
-        stat = self.cgroup.stat()
-        return stat["anon"] + stat["file"]
+
+def _user_bytes() -> int:
+    """Return the size of this process's anonymous memory, page by page as it is mapped."""
+    rollup = Path("/proc/self/smaps_rollup").read_text()
+    kib = re.search(r"^Anonymous:\s+(\d+) kB", rollup, re.M)
+    if kib is None:
+        raise HostError("/proc/self/smaps_rollup has no line Anonymous")
+    return int(kib[1]) << 10

@@ -9,7 +9,6 @@ instead.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import select
@@ -19,14 +18,11 @@ from types import TracebackType
 from typing import Self
 
 from harness.errors import HostError
-from harness.probe.memcg import Cgroup
+from harness.probe.memcg import Cgroup, disown_pages, own_all_pages
 from harness.probe.tracefs import write
 
 _OOM_SCORE_ADJ = Path("/proc/self/oom_score_adj")
 _NEVER = "-1000"
-
-_MCL_CURRENT = 1  # asm-generic/mman.h
-_libc = ctypes.CDLL(None, use_errno=True)
 
 #: The helper lifts the limit by itself after so long: this process may be waiting for a page of its
 #: own.
@@ -89,17 +85,13 @@ class MemoryPressure:
         """
         gc.collect()
         gc.disable()
-        # This process shares pages with those that it was forked from and that it forked. Locking
-        # makes each writable one its own now, rather than at the next write, which would have to
-        # wait.
-        if _libc.mlockall(_MCL_CURRENT):
-            raise HostError(f"mlockall: {os.strerror(ctypes.get_errno())}")
+        own_all_pages()
         self._order(b"a")
 
     def lift(self) -> None:
         """Allow anything again."""
         self._order(b"l")
-        _libc.munlockall()
+        disown_pages()
         gc.enable()
 
     def oom_events(self) -> dict[str, int]:

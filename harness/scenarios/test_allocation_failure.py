@@ -25,41 +25,56 @@ from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
 from harness.scenarios.measure import EXPECTED_POLICY, PATHS, STAGE_TIMEOUT_S, ready_machine
 from harness.svm.msrs import Efer, Msr
-from kvm_ioctl.request import KvmError
+from kvm_ioctl.handles import KvmError, Vcpu
 
 #: More than the charges that a CPU may have cached (64 pages) can serve.
 VCPUS = 64
 
 WRMSR = bytes.fromhex("0f30")
 
-Attempt = Callable[[Machine, int], int]
-"""Tries to set a vCPU's EFER.SVME; returns the errno that userspace sees."""
+Attempt = Callable[[int], int]
+"""Tries to set the EFER.SVME of a vCPU, by index; returns the errno that userspace sees.
+
+All that needs memory is done when it is made: reading SREGS, for one, fails without.
+"""
 
 
-def _by_msrs(machine: Machine, index: int) -> int:
-    vcpu = machine.vcpus[index].vcpu
-    efer = Efer(vcpu.get_msrs([Msr.MSR_EFER])[Msr.MSR_EFER]).replace(SVME=1)
+def _by_msrs(machine: Machine) -> Attempt:
+    vcpus = [runner.vcpu for runner in machine.vcpus]
+    wanted: list[dict[int, int]] = [
+        {Msr.MSR_EFER: Efer(vcpu.get_msrs([Msr.MSR_EFER])[Msr.MSR_EFER]).replace(SVME=1)}
+        for vcpu in vcpus
+    ]
     # KVM_SET_MSRS reports a refused MSR by its place in the list, never by an errno.
-    return 0 if vcpu.set_msrs({Msr.MSR_EFER: efer}) == 1 else errno.ENOMEM
+    return lambda index: 0 if vcpus[index].set_msrs(wanted[index]) == 1 else errno.ENOMEM
 
 
-def _by_sregs(machine: Machine, index: int) -> int:
-    vcpu = machine.vcpus[index].vcpu
-    sregs = vcpu.get_sregs()
-    sregs.efer = Efer(sregs.efer).replace(SVME=1)
-    vcpu.set_sregs(sregs)
-    return 0
+def _by_sregs(machine: Machine) -> Attempt:
+    vcpus = [runner.vcpu for runner in machine.vcpus]
+    wanted = [vcpu.get_sregs() for vcpu in vcpus]
+    for sregs in wanted:
+        sregs.efer = Efer(sregs.efer).replace(SVME=1)
+    return lambda index: vcpus[index].try_call(Vcpu.KVM_SET_SREGS, wanted[index])
 
 
-def _by_guest(machine: Machine, index: int) -> int:
-    try:
-        SvmeGuest(machine).advance(index, to=Stage.SVME_ON, timeout_s=STAGE_TIMEOUT_S)
-    except KvmError as e:
-        return e.errno or 0
-    return 0
+def _by_guest(machine: Machine) -> Attempt:
+    guest = SvmeGuest(machine)
+
+    def attempt(index: int) -> int:
+        try:
+            guest.advance(index, to=Stage.SVME_ON, timeout_s=STAGE_TIMEOUT_S)
+        except KvmError as e:
+            return e.errno or 0
+        return 0
+
+    return attempt
 
 
-ATTEMPTS: dict[str, Attempt] = {"wrmsr": _by_guest, "msrs": _by_msrs, "sregs": _by_sregs}
+ATTEMPTS: dict[str, Callable[[Machine], Attempt]] = {
+    "wrmsr": _by_guest,
+    "msrs": _by_msrs,
+    "sregs": _by_sregs,
+}
 
 #: What userspace is told where allocation failed. KVM_SET_SREGS drops the error: EFER must be read
 #: back.
@@ -79,11 +94,11 @@ def test_failed_allocation_is_refused_whole(context: Context, path: str) -> None
     _warm_up(machine, path)
     counter = context.enter(PageAllocProbe())
     pressure = context.enter(MemoryPressure(cgroup))
-    attempt, told = ATTEMPTS[path], [-1] * VCPUS
+    attempt, told = ATTEMPTS[path](machine), [-1] * VCPUS
 
     pressure.apply()
     for index in range(VCPUS):
-        told[index] = attempt(machine, index)
+        told[index] = attempt(index)
     pressure.lift()
 
     refused = [v for v in machine.vcpus if not _svme(v)]
@@ -106,7 +121,7 @@ def test_failed_allocation_is_refused_whole(context: Context, path: str) -> None
 
     for runner in refused:
         context.expect(f"errno for vCPU {runner.index} with memory again",
-                       attempt(machine, runner.index), 0, _errno)  # fmt: skip
+                       attempt(runner.index), 0, _errno)  # fmt: skip
         context.expect(f"EFER.SVME of vCPU {runner.index} with memory again", _svme(runner), True)
     context.expect("bytes held with memory again", counter.read_bytes(), VCPUS * on.nested_bytes)
 
@@ -116,11 +131,13 @@ def _warm_up(machine: Machine, path: str) -> None:
     if path == "wrmsr":
         # The guest's own write cannot be repeated from READY: another machine's can.
         with ready_machine(machine.kvm, VCPUS) as other:
+            attempt = ATTEMPTS[path](other)
             for index in range(VCPUS):
-                ATTEMPTS[path](other, index)
+                attempt(index)
         return
+    attempt = ATTEMPTS[path](machine)
     for index in range(VCPUS):
-        ATTEMPTS[path](machine, index)
+        attempt(index)
     PATHS[path]([machine]).set(False)
 
 

@@ -24,9 +24,8 @@ def parse(archive):
 
     Documentation/driver-api/early-userspace/buffer-format.rst.
     """
-    fields = (
-        "ino mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor namesize check"
-    ).split()
+    fields = """ino mode uid gid nlink mtime filesize
+                devmajor devminor rdevmajor rdevminor namesize check""".split()
     place = 0
     while True:
         assert place % 4 == 0
@@ -190,7 +189,7 @@ def compile_here(tmp_path, monkeypatch):
 
 
 def test_code_that_does_not_compile_is_an_error(compile_here):
-    with pytest.raises(HostError, match="compiling /installed for the host: (?s:.*)SyntaxError"):
+    with pytest.raises(HostError, match=r"compiling /installed for the host: (?s:.*)SyntaxError"):
         compile_here("def f(:\n")
 
 

@@ -284,7 +284,7 @@ class EmulatedHost:
             # The machine ends with this process, however this process ends.
             "setpriv", "--pdeathsig", "KILL",
             *self._command(),
-            "-chardev", f"file,id=console,path={console}",
+            "-chardev", f"file,id=console,path={str(console).replace(',', ',,')}",
             "-chardev", f"socket,id=channel,fd={their_channel.fileno()}",
             "-chardev", f"socket,id=monitor,fd={their_monitor.fileno()}",
             *extra,
@@ -301,6 +301,8 @@ class EmulatedHost:
                 start_new_session=True,
             )
         except OSError as e:
+            channel.close()
+            monitor.close()
             raise HostError(f"cannot start {command[0]}: {e.strerror}") from e
         finally:
             errors.close()

@@ -24,8 +24,8 @@ def parse(archive):
 
     Documentation/driver-api/early-userspace/buffer-format.rst.
     """
-    fields = """ino mode uid gid nlink mtime filesize
-                devmajor devminor rdevmajor rdevminor namesize check""".split()
+    before = ["ino", "mode", "uid", "gid", "nlink", "mtime", "filesize"]
+    fields = [*before, "devmajor", "devminor", "rdevmajor", "rdevminor", "namesize", "check"]
     place = 0
     while True:
         assert place % 4 == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -10,8 +9,9 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from harness.bench.suite import Report, Wanted, choose, run
+from harness.bench.suite import Wanted, choose, run
 from harness.bench.table import as_json, show
+from harness.commands.options import write_json
 from harness.errors import HostError
 from harness.runner.hosts import DEFAULT_KERNEL
 
@@ -54,18 +54,7 @@ def command(host: str, kernel: str, repeat: int, expression: str, json_file: Pat
     wanted = Wanted(hosts, kernel, repeat, choose(expression, hosts))
     report = run(wanted, log=lambda text: click.echo(f"nsvm: {text}", err=True))
     if json_file is not None:
-        _write(json_file, report, time.monotonic() - started)
+        write_json(json_file, as_json(report, time.monotonic() - started))
     if json_file is None or str(json_file) != "-":
         show(report, Console(highlight=False))
     sys.exit(_STATUS_ERROR if report.errors else 0)
-
-
-def _write(path: Path, report: Report, seconds: float) -> None:
-    text = json.dumps(as_json(report, seconds), indent=2) + "\n"
-    if str(path) == "-":
-        click.echo(text, nl=False)
-        return
-    try:
-        path.write_text(text)
-    except OSError as e:
-        raise HostError(f"cannot write {path}: {e.strerror}") from e

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from harness.commands.options import host_choice, host_options
-from harness.errors import HostError
+from harness.commands.options import host_choice, host_options, write_json
 from harness.host.session import CallResult, Host
 from harness.probe.kmsg import new_taints, splats
 from harness.report.verdict import Verdict, exit_status
@@ -65,7 +63,7 @@ def command(
         )
         report = _report(where, result)
     if json_file is not None:
-        _write_json(json_file, report)
+        write_json(json_file, report)
     if json_file is None or str(json_file) != "-":
         _print(report)
     sys.exit(exit_status([Verdict(report["verdict"])]))
@@ -82,17 +80,6 @@ def _report(host: Host, result: CallResult) -> dict[str, Any]:
     if said or new_taints(*result.tainted):
         measured |= {"verdict": "FAIL", "kernel_log": said}
     return {"host": host.describe(), **measured, "seconds": result.seconds}
-
-
-def _write_json(path: Path, report: dict[str, Any]) -> None:
-    text = json.dumps(report, indent=2) + "\n"
-    if str(path) == "-":
-        click.echo(text, nl=False)
-        return
-    try:
-        path.write_text(text)
-    except OSError as e:
-        raise HostError(f"cannot write {path}: {e.strerror}") from e
 
 
 def _print(report: dict[str, Any]) -> None:

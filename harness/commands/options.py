@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from harness.errors import HostError
 from harness.runner.hosts import HostChoice
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,3 +46,19 @@ def host_choice(host: str, kernel: str | None, modules: Path | None) -> HostChoi
     if modules is not None and kernel is None:
         raise click.UsageError("--modules goes with --kernel PATH")
     return HostChoice(host, kernel, modules)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` to a file, or to standard output if the path is ``-``.
+
+    Raises:
+        HostError: the file cannot be written.
+    """
+    text = json.dumps(value, indent=2) + "\n"
+    if str(path) == "-":
+        click.echo(text, nl=False)
+        return
+    try:
+        path.write_text(text)
+    except OSError as e:
+        raise HostError(f"cannot write {path}: {e.strerror}") from e

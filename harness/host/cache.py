@@ -62,22 +62,7 @@ def build_file(path: Path, write: Callable[[Path], None]) -> Path:
     Raises:
         HostError: no space, or the cache is not writable; nothing is left behind.
     """
-    if path.exists():
-        return path
-    with locked(path.name):
-        if path.exists():
-            return path
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(temporary)
-            temporary.rename(path)
-        except OSError as e:
-            raise HostError(f"cannot write {path}: {e.strerror or e}") from e
-        finally:
-            with contextlib.suppress(NotADirectoryError):
-                temporary.unlink(missing_ok=True)
-    return path
+    return _build(path, write)
 
 
 def build_dir(path: Path, fill: Callable[[Path], None]) -> Path:
@@ -86,6 +71,15 @@ def build_dir(path: Path, fill: Callable[[Path], None]) -> Path:
     Raises:
         HostError: no space, or the cache is not writable; nothing is left behind.
     """
+
+    def make(temporary: Path) -> None:
+        temporary.mkdir()
+        fill(temporary)
+
+    return _build(path, make)
+
+
+def _build(path: Path, make: Callable[[Path], None]) -> Path:
     if path.exists():
         return path
     with locked(path.name):
@@ -95,12 +89,21 @@ def build_dir(path: Path, fill: Callable[[Path], None]) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # A killed process of the same number may have left one.
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            fill(temporary)
+            _remove(temporary)
+            make(temporary)
             temporary.rename(path)
         except OSError as e:
             raise HostError(f"cannot write {path}: {e.strerror or e}") from e
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
     return path
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        # A parent that is no directory was the trouble itself, and is reported as such.
+        with contextlib.suppress(NotADirectoryError):
+            path.unlink(missing_ok=True)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import guest_images
 from guest_images import ElfClass
+import psutil
+
 from harness.errors import HostError
 from harness.facts import Fact
 from harness.host.apt_sources import DEBIAN_KEYRING
@@ -97,11 +99,8 @@ class Tools:
         return root, shutil.disk_usage(root).free // _MIB
 
     def memory_free_mib(self) -> int:
-        """Return ``MemAvailable`` of /proc/meminfo."""
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) // 1024
-        raise HostError("/proc/meminfo does not say MemAvailable")
+        """Return what can be had without swapping, in MiB."""
+        return psutil.virtual_memory().available // _MIB
 
 
 ToolFunction = Callable[[Tools], Fact]

@@ -14,10 +14,10 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import guest_images
-from guest_images import ElfClass
 import psutil
 
+import guest_images
+from guest_images import ElfClass
 from harness.errors import HostError
 from harness.facts import Fact
 from harness.host.apt_sources import DEBIAN_KEYRING

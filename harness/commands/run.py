@@ -79,7 +79,8 @@ def command(
             "-k", expression, "-m", " and ".join(marks),
         ]  # fmt: skip
         status = pytest.main(arguments, plugins=[plugin])
-        record_missed(lab, plugin.items, f"the run ended early ({pytest.ExitCode(status).name.lower()})")
+        why = pytest.ExitCode(status).name.lower()
+        record_missed(lab, plugin.items, f"the run ended early ({why})")
         verdicts = [outcome.verdict for outcome in lab.outcomes.values()]
         counts = {v.value: verdicts.count(v) for v in Verdict}
         seconds = round(time.monotonic() - started, 1)

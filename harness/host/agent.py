@@ -398,7 +398,8 @@ class Agent:
         })  # fmt: skip
 
     def _op_hello(self, command: Event) -> None:
-        self.send({**hello(), "bundle": self.bundle})
+        readable = self.kmsg.fd is not None
+        self.send({**hello(), "bundle": self.bundle, "kernel_log": readable})
 
     def _op_bundle(self, command: Event) -> None:
         _BUNDLES.mkdir(exist_ok=True)

@@ -101,6 +101,9 @@ class LocalHost:
         try:
             session.wait_for("ready", 30)
             self._hello = session.hello()
+            if not self._hello["kernel_log"]:
+                # It takes part in every verdict.
+                raise HostError("/dev/kmsg: Permission denied (run as root)")
             session.preload(list(PRELOAD))
         except HostLost as e:
             raise HostError(f"the local agent did not come up: {e}") from e

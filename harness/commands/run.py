@@ -17,8 +17,9 @@ import pytest
 import harness.scenarios
 from harness.commands.options import host_choice, host_options
 from harness.report.results import ResultsFile
-from harness.report.verdict import Verdict, exit_status
+from harness.report.verdict import Outcome, Verdict, exit_status
 from harness.runner.hosts import HostPool
+from harness.runner.known_issues import load as load_known_issues
 from harness.runner.plugin import Lab, Plugin, record_missed
 
 _NOTHING = pytest.ExitCode.NO_TESTS_COLLECTED
@@ -31,6 +32,7 @@ _NOTHING = pytest.ExitCode.NO_TESTS_COLLECTED
 @click.option("--unsafe", is_flag=True, help="Also those that may take a local host down.")
 @click.option("--results", type=click.Path(path_type=Path), metavar="DIR", help="Default: results/")
 @click.option("--timeout", "timeout_s", type=float, metavar="S", help="For every case.")
+@click.option("--strict", is_flag=True, help="A known issue's FAIL fails the run, too.")
 @click.option("--shared", is_flag=True, help="One machine for all cases, not a fresh one for each.")
 @host_options
 def command(
@@ -40,6 +42,7 @@ def command(
     unsafe: bool,
     results: Path | None,
     timeout_s: float | None,
+    strict: bool,
     shared: bool,
     host: str,
     kernel: str | None,
@@ -66,7 +69,7 @@ def command(
         HostPool(choice, fresh=not shared, log=log) as pool,
     ):
         file.write("run", version=version("nsvm-harness"), revision=_revision(), argv=sys.argv[1:])
-        lab = Lab(pool, file, timeout_s)
+        lab = Lab(pool, file, timeout_s, load_known_issues(), strict=strict)
         plugin = Plugin(lab)
         own = Path(harness.scenarios.__file__).parent
         arguments = [
@@ -81,8 +84,12 @@ def command(
         status = pytest.main(arguments, plugins=[plugin])
         why = pytest.ExitCode(status).name.lower()
         record_missed(lab, plugin.items, f"the run ended early ({why})")
-        verdicts = [outcome.verdict for outcome in lab.outcomes.values()]
-        counts = {v.value: verdicts.count(v) for v in Verdict}
+        outcomes = list(lab.outcomes.values())
+        counts = {v.value: sum(o.verdict is v for o in outcomes) for v in Verdict}
+        verdicts = [
+            Verdict.PASS if _is_known_fail(o) and not strict else o.verdict for o in outcomes
+        ]
+        counts["known"] = sum(_is_known_fail(o) for o in outcomes)
         seconds = round(time.monotonic() - started, 1)
         file.write("summary", counts=counts, seconds=seconds, hosts=pool.describe())
     _summarise(lab, counts, seconds, directory)
@@ -90,10 +97,18 @@ def command(
     sys.exit(exit_status([*verdicts, *([Verdict.ERROR] if broken else [])]))
 
 
+def _is_known_fail(outcome: Outcome) -> bool:
+    return outcome.verdict is Verdict.FAIL and bool(outcome.known)
+
+
 def _summarise(lab: Lab, counts: dict[str, int], seconds: float, directory: Path) -> None:
     for nodeid, outcome in lab.outcomes.items():
-        if outcome.verdict not in (Verdict.PASS, Verdict.SKIP):
-            name = nodeid.partition("::")[2]
+        name = nodeid.partition("::")[2]
+        if outcome.verdict is Verdict.PASS and outcome.known:
+            click.echo(f"PASS  {name}: known issue {outcome.known} does not show here")
+        elif _is_known_fail(outcome):
+            click.echo(f"FAIL  {name} (known: {outcome.known}): {outcome.reason}")
+        elif outcome.verdict not in (Verdict.PASS, Verdict.SKIP):
             click.echo(f"{outcome.verdict.value}  {name}: {outcome.reason}")
     total = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     click.echo(f"{total or 'nothing ran'} in {seconds:.0f} s; results in {directory}")

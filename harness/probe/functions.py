@@ -114,7 +114,8 @@ class FunctionProbe:
             if int(event.fields["page"], 0):
                 self.total += PAGE_SIZE << bracket.order
                 self.allocations += 1
-        elif event.name == "page_free" and bracket.function == "free":
+        elif event.name == "page_free" and bracket.function:
+            # svm_allocate_nested too frees: what it got, when it cannot get the rest.
             self.total -= PAGE_SIZE << int(event.fields["order"])
             self.frees += 1
 

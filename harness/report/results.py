@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -33,7 +34,9 @@ class ResultsFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        # Closing tries once more to write what could not be written, and was reported, before.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def write(self, event: str, **data: Any) -> None:
         """Append one event with the wall-clock time.

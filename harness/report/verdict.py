@@ -30,6 +30,8 @@ class Outcome:
     seconds: float = 0.0
     #: Longer texts by title: traceback, kernel splat, console, output.
     evidence: dict[str, str] = field(default_factory=dict)
+    #: Id of the known issue that a FAIL is, or that a PASS should have been.
+    known: str = ""
 
 
 def exit_status(verdicts: list[Verdict]) -> int:

@@ -6,7 +6,8 @@ Works in a plain ``pytest harness/scenarios`` too: nothing of a scenario runs in
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from harness.report.results import ResultsFile
 from harness.report.verdict import Outcome, Verdict
 from harness.runner.hosts import HostPool
 from harness.runner.judge import judge, judge_lost
+from harness.runner.known_issues import KnownIssue, find
+from harness.runner.modules import ScenarioModule
 from harness.scenarios.case import Case, cases_of, scenario_of
 
 #: How much slower everything is under TCG, for timeouts.
 EMULATED_FACTOR = 3.0
 
-_LETTERS = {"PASS": ".", "FAIL": "F", "SKIP": "s", "ERROR": "E", "MISS": "M"}
-_CATEGORIES = {"PASS": "passed", "FAIL": "failed", "SKIP": "skipped", "ERROR": "error",
-               "MISS": "error"}  # fmt: skip
+_LETTERS = {"PASS": ".", "FAIL": "F", "KNOWN": "x", "SKIP": "s", "ERROR": "E", "MISS": "M"}
+_CATEGORIES = {"PASS": "passed", "FAIL": "failed", "KNOWN": "xfailed", "SKIP": "skipped",
+               "ERROR": "error", "MISS": "error"}  # fmt: skip
 
 #: The attribute that carries a verdict on pytest's report.
 _VERDICT = "nsvm_verdict"
@@ -56,6 +59,8 @@ class ScenarioItem(pytest.Item):
         self.outcome = lab.run(self)
         if self.outcome.verdict is Verdict.SKIP:
             pytest.skip(self.outcome.reason)
+        if self.outcome.verdict is Verdict.FAIL and self.outcome.known and not lab.strict:
+            pytest.xfail(f"known: {self.outcome.known}: {self.outcome.reason}")
         if self.outcome.verdict is not Verdict.PASS:
             raise NotPassed(self.outcome)
 
@@ -77,10 +82,20 @@ class ScenarioItem(pytest.Item):
 class Lab:
     """The hosts and the results file of one run."""
 
-    def __init__(self, pool: HostPool, results: ResultsFile, timeout_s: float | None) -> None:
+    def __init__(
+        self,
+        pool: HostPool,
+        results: ResultsFile,
+        timeout_s: float | None,
+        issues: Sequence[KnownIssue] = (),
+        *,
+        strict: bool = False,
+    ) -> None:
         self.pool = pool
         self.results = results
+        self.strict = strict
         self._timeout_s = timeout_s
+        self._issues = issues
         self.outcomes: dict[str, Outcome] = {}
 
     def run(self, item: ScenarioItem) -> Outcome:
@@ -94,6 +109,7 @@ class Lab:
             outcome = self._attempt(case, last=True)
         if outcome is None:
             raise HarnessError(f"{case.id}: the last attempt had no outcome")
+        outcome = self._known(case, outcome)
         self.outcomes[item.nodeid] = outcome
         self.results.write(
             "end",
@@ -101,12 +117,20 @@ class Lab:
             claim=case.scenario.claim,
             verdict=outcome.verdict.value,
             reason=outcome.reason,
+            known=outcome.known,
             seconds=outcome.seconds,
             total_seconds=round(time.monotonic() - started, 3),
             host=self.pool.host(case.scenario.params).describe() if self._has_host(case) else None,
             evidence=outcome.evidence,
         )
         return outcome
+
+    def _known(self, case: Case, outcome: Outcome) -> Outcome:
+        if outcome.verdict not in (Verdict.FAIL, Verdict.PASS) or not self._has_host(case):
+            return outcome
+        host = self.pool.host(case.scenario.params).describe()
+        issue = find(self._issues, case.id, host["kernel_release"], host["kind"])
+        return replace(outcome, known=issue.id) if issue else outcome
 
     def _has_host(self, case: Case) -> bool:
         return self.pool.has(case.scenario.params)
@@ -181,6 +205,12 @@ class Plugin:
         for mark in ("quick: part of `make run`", "unsafe: may take the host down"):
             config.addinivalue_line("markers", mark)
 
+    def pytest_pycollect_makemodule(
+        self, module_path: Path, parent: pytest.Collector
+    ) -> pytest.Module:
+        """Take every file for one with scenarios."""
+        return ScenarioModule.from_parent(parent, path=module_path)
+
     @pytest.hookimpl(tryfirst=True)
     def pytest_pycollect_makeitem(
         self, collector: pytest.Module, name: str, obj: object
@@ -201,7 +231,9 @@ class Plugin:
         """Attach the verdict; what is not KVM's fault is an error to pytest and to JUnit."""
         report = yield
         if isinstance(item, ScenarioItem) and item.outcome and call.when == "call":
-            setattr(report, _VERDICT, item.outcome.verdict.value)
+            known_fail = item.outcome.known and item.outcome.verdict is Verdict.FAIL
+            word = "KNOWN" if known_fail and not self.lab.strict else item.outcome.verdict.value
+            setattr(report, _VERDICT, word)
             report.sections = []
             if item.outcome.verdict in (Verdict.ERROR, Verdict.MISS):
                 report.when = "setup"

@@ -1,10 +1,9 @@
 """A QEMU that is none: it serves the agent on the channel, on this machine, without any KVM.
 
-Run as `fake_qemu.py OPTIONS...`; its behaviour is in files beside it, of which the first argument of
-none knows: `mode` says what becomes of a machine that starts.
+Files beside it tell it what to do: `mode` is what becomes of a machine that starts, `agent_dir`
+where the agent is. It writes the command lines that it was given to `command`.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -18,25 +17,26 @@ def chardev(name):
 
 
 def main():
+    """Be what `mode` says."""
     mode = (HERE / "mode").read_text().strip()
     if "--version" in sys.argv:
         print("QEMU emulator version 9.9.9 (forged)")
         return
     with open(HERE / "command", "a") as file:
         file.write("\0".join(sys.argv) + "\n")
-    console = open(chardev("console")["path"], "w", buffering=1)
-    fd = int(chardev("channel")["fd"])
+    with open(chardev("console")["path"], "w", buffering=1) as console:
+        console.write("booting\n")
+        if mode == "panics":
+            console.write("Kernel panic - not syncing: forged\nlast line\n")
+            return
     if mode == "refuses":
         print("qemu: first line\nqemu: no such machine", file=sys.stderr)
         sys.exit(1)
-    if mode == "panics":
-        console.write("booting\nKernel panic - not syncing: forged\nlast line\n")
-        sys.exit(0)
-    console.write("booting\n")
     sys.path.insert(0, (HERE / "agent_dir").read_text())
     import agent
 
     agent._BUNDLES = HERE / "bundles"
+    fd = int(chardev("channel")["fd"])
     agent.serve(fd, fd)
 
 

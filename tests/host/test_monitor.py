@@ -2,6 +2,7 @@
 
 import json
 import socket
+import subprocess
 import threading
 from pathlib import Path
 
@@ -21,25 +22,33 @@ class Qemu(threading.Thread):
     def __init__(self, sock, answers):
         super().__init__(daemon=True)
         self.socket = sock
-        self.answers = {"qmp_capabilities": [{}], **answers}
+        self.answers = {**answers, "qmp_capabilities": [{}]}
         self.heard = []
 
     def run(self):
-        with self.socket, self.socket.makefile("rw") as file:
-            self.say(file, GREETING)
-            for line in file:
-                command = json.loads(line)
-                self.heard.append((command["execute"], command.get("arguments", {})))
-                answer = self.answers[command["execute"]].pop(0)
-                if answer is None:
-                    continue
-                kind = "error" if "class" in answer else "return"
-                self.say(file, {kind: answer, "id": command.get("id")})
+        with self.socket:
+            self.say(GREETING)
+            pending, decoder = "", json.JSONDecoder()
+            while chunk := self.socket.recv(4096):
+                pending += chunk.decode()
+                # The client ends its messages with nothing.
+                while pending:
+                    try:
+                        command, end = decoder.raw_decode(pending)
+                    except ValueError:
+                        break
+                    pending = pending[end:].lstrip()
+                    self.answer(command)
 
-    @staticmethod
-    def say(file, message):
-        file.write(json.dumps(message) + "\n")
-        file.flush()
+    def answer(self, command):
+        self.heard.append((command["execute"], command.get("arguments", {})))
+        answer = self.answers[command["execute"]].pop(0)
+        if answer is not None:
+            kind = "error" if "class" in answer else "return"
+            self.say({kind: answer, "id": command.get("id")})
+
+    def say(self, message):
+        self.socket.sendall(json.dumps(message).encode() + b"\n")
 
 
 @pytest.fixture
@@ -50,7 +59,6 @@ def opened():
     def open_monitor(**answers):
         ours, theirs = socket.socketpair()
         qemu = Qemu(theirs, {name.replace("_", "-"): list(a) for name, a in answers.items()})
-        qemu.answers["qmp_capabilities"] = [{}]
         qemu.start()
         monitor = Monitor(ours)
         made.append((monitor, qemu))
@@ -123,8 +131,6 @@ def test_saving_does_not_take_for_ever(opened, monkeypatch):
 
 
 def test_a_path_is_one_word_to_a_shell():
-    import subprocess
-
     path = Path("/tmp/a 'b' \"c\" $HOME `d`")
     done = subprocess.run(["sh", "-c", f"printf %s {shell_quoted(path)}"], capture_output=True)
     assert done.stdout.decode() == str(path)

@@ -1,0 +1,31 @@
+"""The harness's own claims about allocation, on each test kernel."""
+
+import pytest
+from nsvm_process import Nsvm, load_json
+
+pytestmark = pytest.mark.emulated
+
+
+def test_every_scenario_passes(kernel, tmp_path):
+    with Nsvm("run", "--kernel", kernel, results=tmp_path / "results") as run:
+        status, output = run.end()
+        ends = run.ends()
+    others = {case: end["reason"] for case, end in ends.items() if end["verdict"] != "PASS"}
+    assert others == {}, output
+    assert len(ends) > 40
+    assert status == 0
+
+
+@pytest.mark.parametrize("path", ["wrmsr", "sregs"])
+def test_every_probe_measures_what_the_model_says(kernel, tmp_path, path):
+    file = tmp_path / "memory.json"
+    with Nsvm("memory", "--kernel", kernel, "--path", path, "--json", file) as run:
+        status, output = run.end()
+    assert status == 0, output
+    report = load_json(file)
+    assert set(report["probes"]) == {"page_alloc", "functions", "memcg"}
+    for name, reading in report["probes"].items():
+        assert reading["delta_bytes_per_vcpu"] == 12288, (name, output)
+        assert reading["off_bytes_per_vcpu"] == 0, (name, output)
+    assert report["verdict"] == "PASS"
+    assert report["host"]["kernel_release"] == kernel.kernel.release

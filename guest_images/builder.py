@@ -19,7 +19,9 @@ SOURCES = Path(__file__).parent
 
 _GUESTS: dict[str, tuple[str, ...]] = {
     "hello": ("entry.S", "hello.c"),
+    "proxy": ("proxy_entry.S", "proxy_smm.S", "proxy.c"),
     "loop": ("entry.S", "loop.S"),
+    "pc": ("entry.S", "pc_entry.S", "pc.c"),
     "svme": ("entry.S", "svme_entry.S", "svme.c"),
 }
 """The sources of each guest; one more line is one more guest."""

@@ -23,6 +23,7 @@
 entry32:			/* multiboot: protected mode, one vCPU */
 	cli
 	cld
+	movl	%ebx, multiboot_info
 	lgdt	gdt_pointer
 	movl	$CR4_PAE, %eax
 	movl	%eax, %cr4
@@ -79,6 +80,11 @@ gdt_end:
 gdt_pointer:
 	.word	gdt_end - gdt - 1
 	.quad	gdt
+
+	.balign	4
+	.globl	multiboot_info
+multiboot_info:			/* 0: not entered by a multiboot loader */
+	.long	0
 
 	.bss
 	.balign	PAGE_SIZE

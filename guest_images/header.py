@@ -2,6 +2,7 @@
 
 import ctypes
 
+from guest_images.proxy_header import proxy_constants, proxy_structs
 from harness.machine import guest_abi as abi
 from harness.svm.cheader import c_defines, c_enum, c_header, svm_constants, svm_structs
 
@@ -30,11 +31,12 @@ def _guest_constants() -> list[str]:
         c_enum(abi.Command, "COMMAND_"),
         c_defines({f"OPTION_{option.name}": option.value for option in abi.Option}),
         c_enum(abi.Status, "STATUS_"),
+        *proxy_constants(),
     ]
 
 
 def _guest_structs() -> list[type[ctypes.Structure]]:
-    return [*svm_structs(), abi.report, abi.cpu_area]
+    return [*svm_structs(), abi.report, abi.cpu_area, *proxy_structs()]
 
 
 def linker_symbols() -> dict[str, int]:

@@ -16,6 +16,7 @@ from harness.errors import HostLost, NsvmError
 #: Command, and the module in `harness.commands` that has it under the same name.
 _COMMANDS = {
     "bench": "compare the harness's speed with C's and bare QEMU's",
+    "boot": "boot an image and print what it says on its serial port",
     "doctor": "what this machine can do, with evidence and how to mend a no",
     "kernel": "kernels for the emulated host",
     "list": "the scenarios and their cases",

@@ -15,7 +15,9 @@ def getter(request: Ioctl[F, P]) -> Callable[[F], P]:
     """Make a method that issues the request and returns the payload that it filled."""
 
     def get(handle: F) -> P:
-        return handle.get(request)
+        payload: P = request.payload()
+        handle.call(request, payload)
+        return payload
 
     get.__doc__ = f"Issue {request.name}; return what it filled."
     return get

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import struct
 from collections.abc import Iterator, MutableSequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast, overload
 
@@ -234,6 +235,21 @@ class CUnion(ctypes.Union, metaclass=_UnionType):
     """A union inside a struct of the kernel's user interface."""
 
     __slots__ = ()
+
+
+def packed_format(kind: type[ctypes.Structure]) -> struct.Struct:
+    """Return how the ``struct`` module reads and writes a struct that has integer fields only.
+
+    That is one call for all fields; ctypes takes one for each, which counts where it is done for
+    every exit or MSR. Raises TypeError if there is another field.
+    """
+    codes = []
+    for field in kind._fields_:
+        if not issubclass(field[1], ctypes._SimpleCData):
+            raise TypeError(f"{kind.__name__}.{field[0]} is no integer")
+        codes.append(field[1]._type_)  # type: ignore[attr-defined]
+    # Both modules call C's types by the same letters, and both align them as the compiler does.
+    return struct.Struct("@" + "".join(codes))
 
 
 def _resolve(struct: Any, path: str) -> Any:

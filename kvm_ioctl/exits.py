@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, TypeVar, dataclass_transform
 
 from kvm_ioctl.exit_codes import (
     EmulationFailureFlags,
@@ -31,8 +31,20 @@ __all__ = ["ExitReason", "IoDirection", "MsrExitReason", "decode"]
 _DIRECTIONS = {int(direction): direction for direction in IoDirection}
 _OUT = IoDirection.KVM_EXIT_IO_OUT
 
+E = TypeVar("E", bound="Exit")
 
-@dataclass(frozen=True, slots=True, repr=False)
+
+@dataclass_transform(frozen_default=True)
+def _exit(kind: type[E]) -> type[E]:
+    """Make a class of exits: frozen for the type checker, though not at run time.
+
+    A dataclass that is frozen at run time takes 0.6 us to make where this takes 0.2; decoding an
+    exit takes as long as all the rest of `Vcpu.enter` then.
+    """
+    return dataclass(slots=True, repr=False, unsafe_hash=True)(kind)
+
+
+@_exit
 class Exit:
     """Why KVM_RUN returned."""
 
@@ -49,7 +61,7 @@ def _shown(value: object) -> str:
     return hex(value) if type(value) is int else str(value)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class UnknownExit(Exit):
     """KVM_EXIT_UNKNOWN, or a reason that this library has no class for."""
 
@@ -58,7 +70,7 @@ class UnknownExit(Exit):
     hardware_exit_reason: int
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class ExceptionExit(Exit):
     """KVM_EXIT_EXCEPTION."""
 
@@ -67,7 +79,7 @@ class ExceptionExit(Exit):
     error_code: int
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class IoExit(Exit):
     """KVM_EXIT_IO: ``count`` accesses of ``size`` bytes; ``data`` is what an OUT wrote."""
 
@@ -89,7 +101,7 @@ class IoExit(Exit):
         return int.from_bytes(self.data, "little")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class HypercallExit(Exit):
     """KVM_EXIT_HYPERCALL; the answer goes to ``run.hypercall.ret``."""
 
@@ -99,7 +111,7 @@ class HypercallExit(Exit):
     flags: HypercallFlags
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class DebugExit(Exit):
     """KVM_EXIT_DEBUG."""
 
@@ -110,14 +122,14 @@ class DebugExit(Exit):
     dr7: int
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class HltExit(Exit):
     """KVM_EXIT_HLT: HLT in a VM without in-kernel irqchip."""
 
     reason = ExitReason.KVM_EXIT_HLT
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class MmioExit(Exit):
     """KVM_EXIT_MMIO: an access of ``len`` bytes; ``data`` is what a write wrote."""
 
@@ -133,21 +145,21 @@ class MmioExit(Exit):
         return int.from_bytes(self.data, "little")
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class IrqWindowOpenExit(Exit):
     """KVM_EXIT_IRQ_WINDOW_OPEN, as asked for by ``run.request_interrupt_window``."""
 
     reason = ExitReason.KVM_EXIT_IRQ_WINDOW_OPEN
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class ShutdownExit(Exit):
     """KVM_EXIT_SHUTDOWN: triple fault."""
 
     reason = ExitReason.KVM_EXIT_SHUTDOWN
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class FailEntryExit(Exit):
     """KVM_EXIT_FAIL_ENTRY: the CPU refused the guest state."""
 
@@ -156,21 +168,21 @@ class FailEntryExit(Exit):
     cpu: int
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class Interrupted(Exit):
     """KVM_RUN ended with EINTR (a signal, or ``run.immediate_exit``), or with KVM_EXIT_INTR."""
 
     reason = ExitReason.KVM_EXIT_INTR
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class SetTprExit(Exit):
     """KVM_EXIT_SET_TPR: the guest lowered CR8, which is in ``run.cr8``."""
 
     reason = ExitReason.KVM_EXIT_SET_TPR
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class TprAccessExit(Exit):
     """KVM_EXIT_TPR_ACCESS, as asked for by KVM_TPR_ACCESS_REPORTING."""
 
@@ -179,14 +191,14 @@ class TprAccessExit(Exit):
     is_write: bool
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class NmiExit(Exit):
     """KVM_EXIT_NMI."""
 
     reason = ExitReason.KVM_EXIT_NMI
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class InternalErrorExit(Exit):
     """KVM_EXIT_INTERNAL_ERROR; ``insn_bytes`` if KVM says what it could not emulate."""
 
@@ -196,14 +208,14 @@ class InternalErrorExit(Exit):
     insn_bytes: bytes
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class WatchdogExit(Exit):
     """KVM_EXIT_WATCHDOG."""
 
     reason = ExitReason.KVM_EXIT_WATCHDOG
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class SystemEventExit(Exit):
     """KVM_EXIT_SYSTEM_EVENT."""
 
@@ -212,7 +224,7 @@ class SystemEventExit(Exit):
     data: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class IoapicEoiExit(Exit):
     """KVM_EXIT_IOAPIC_EOI, with a split irqchip."""
 
@@ -220,7 +232,7 @@ class IoapicEoiExit(Exit):
     vector: int
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class HypervExit(Exit):
     """KVM_EXIT_HYPERV."""
 
@@ -228,7 +240,7 @@ class HypervExit(Exit):
     hyperv: kvm_hyperv_exit
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class MsrExit(Exit):
     """An MSR access left to userspace by KVM_CAP_X86_USER_SPACE_MSR, and ``why`` it was."""
 
@@ -237,42 +249,42 @@ class MsrExit(Exit):
     why: MsrExitReason
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class RdmsrExit(MsrExit):
     """KVM_EXIT_X86_RDMSR; the answer goes to ``run.msr.data`` or ``run.msr.error``."""
 
     reason = ExitReason.KVM_EXIT_X86_RDMSR
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class WrmsrExit(MsrExit):
     """KVM_EXIT_X86_WRMSR; a nonzero ``run.msr.error`` makes it #GP."""
 
     reason = ExitReason.KVM_EXIT_X86_WRMSR
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class DirtyRingFullExit(Exit):
     """KVM_EXIT_DIRTY_RING_FULL: harvest and reset before going on."""
 
     reason = ExitReason.KVM_EXIT_DIRTY_RING_FULL
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class ApResetHoldExit(Exit):
     """KVM_EXIT_AP_RESET_HOLD."""
 
     reason = ExitReason.KVM_EXIT_AP_RESET_HOLD
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class BusLockExit(Exit):
     """KVM_EXIT_X86_BUS_LOCK."""
 
     reason = ExitReason.KVM_EXIT_X86_BUS_LOCK
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class XenExit(Exit):
     """KVM_EXIT_XEN."""
 
@@ -280,7 +292,7 @@ class XenExit(Exit):
     xen: kvm_xen_exit
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class NotifyExit(Exit):
     """KVM_EXIT_NOTIFY: the guest blocked events for longer than the notify window."""
 
@@ -288,7 +300,7 @@ class NotifyExit(Exit):
     flags: NotifyFlags
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class MemoryFaultExit(Exit):
     """KVM_EXIT_MEMORY_FAULT; ``error`` is the errno that KVM_RUN returned with it."""
 
@@ -299,7 +311,7 @@ class MemoryFaultExit(Exit):
     error: int
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class TdxExit(Exit):
     """KVM_EXIT_TDX; the call's own data is in ``run.tdx``."""
 
@@ -308,7 +320,7 @@ class TdxExit(Exit):
     nr: int
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@_exit
 class SnpReqCertsExit(Exit):
     """KVM_EXIT_SNP_REQ_CERTS; the answer goes to ``run.snp_req_certs.ret``."""
 
@@ -318,12 +330,10 @@ class SnpReqCertsExit(Exit):
 
 
 def _io(run: kvm_run) -> Exit:
-    io = run.io
-    direction, size, count = _DIRECTIONS[io.direction], io.size, io.count
-    data = b""
-    if direction is _OUT:
-        data = run.shared_bytes(io.data_offset, size * count)
-    return IoExit(direction, size, io.port, count, data)
+    number, size, port, count, data_offset = run.io_fields()
+    direction = _DIRECTIONS[number]
+    data = run.shared_bytes(data_offset, size * count) if direction is _OUT else b""
+    return IoExit(direction, size, port, count, data)
 
 
 def _mmio(run: kvm_run) -> Exit:

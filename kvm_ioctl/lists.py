@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from kvm_ioctl.asm_kvm import kvm_cpuid2, kvm_cpuid_entry2, kvm_msr_list, kvm_msrs
+from kvm_ioctl.asm_kvm import kvm_cpuid2, kvm_cpuid_entry2, kvm_msr_list
 from kvm_ioctl.cstruct import CStruct
-from kvm_ioctl.request import Fd, Ioctl, KvmError, MsrRefused
+from kvm_ioctl.request import Fd, Ioctl, KvmError
 
 F = TypeVar("F", bound=Fd)
 S = TypeVar("S", bound=CStruct)
-
-_MOST_MSRS = 255
-"""KVM answers E2BIG to MAX_IO_MSRS (256) and more in one call (``msr_io``)."""
 
 _MOST_ENTRIES = 1 << 16
 
@@ -60,47 +57,3 @@ def new_cpuid(entries: Iterable[kvm_cpuid_entry2]) -> kvm_cpuid2:
     leaves = b"".join(map(bytes, entries))
     nent = len(leaves) // ctypes.sizeof(kvm_cpuid_entry2)
     return kvm_cpuid2.from_bytes(bytes(kvm_cpuid2(nent=nent)) + leaves)
-
-
-def new_msrs(values: Sequence[tuple[int, int]]) -> kvm_msrs:
-    """Make the payload for KVM_GET_MSRS and KVM_SET_MSRS."""
-    msrs = kvm_msrs.with_tail(len(values))
-    for entry, (index, data) in zip(msrs.entries, values, strict=True):
-        entry.index, entry.data = index, data
-    return msrs
-
-
-def read_msrs(
-    fd: F, request: Ioctl[F, kvm_msrs], indices: Iterable[int], skip_refused: bool
-) -> dict[int, int]:
-    """Return the values of the MSRs; raise MsrRefused at one that KVM will not give, or skip it."""
-    wanted = list(indices)
-    values: dict[int, int] = {}
-    position = 0
-    while position < len(wanted):
-        chunk = wanted[position : position + _MOST_MSRS]
-        msrs = new_msrs([(index, 0) for index in chunk])
-        done = fd.call(request, msrs)
-        values.update((entry.index, entry.data) for entry in msrs.entries[:done])
-        position += done
-        if done < len(chunk):
-            if not skip_refused:
-                raise MsrRefused(request.name, fd.kind, chunk[done], position, len(wanted))
-            position += 1
-    return values
-
-
-def write_msrs(fd: F, request: Ioctl[F, kvm_msrs], values: Mapping[int, int]) -> int:
-    """Set the MSRs in the mapping's order; return how many KVM took before it refused one."""
-    taken = 0
-    for chunk in _chunks(list(values.items())):
-        done = fd.call(request, new_msrs(chunk))
-        taken += done
-        if done < len(chunk):
-            break
-    return taken
-
-
-def _chunks(values: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    for start in range(0, len(values), _MOST_MSRS):
-        yield values[start : start + _MOST_MSRS]

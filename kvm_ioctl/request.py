@@ -12,7 +12,7 @@ import errno as errno_names
 import os
 import warnings
 from types import TracebackType
-from typing import Any, ClassVar, Generic, Self, TypeVar, cast, overload
+from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
 from kvm_ioctl.capabilities import Cap
 from kvm_ioctl.cstruct import CStruct
@@ -23,9 +23,12 @@ KVMIO = 0xAE
 _NRBITS, _TYPEBITS, _SIZEBITS = 8, 8, 14
 _IOC_NONE, _IOC_WRITE, _IOC_READ = 0, 1, 2
 
+_byref = ctypes.byref
 _libc_ioctl: Any = ctypes.CDLL(None, use_errno=True).ioctl
-# No argtypes on purpose: they double the cost of a call. So an int argument would be passed as a
-# 32-bit one; addresses go as byref() and immediates as c_ulong.
+# No argtypes on purpose: they double the cost of a call. So a Python int is passed as a C int, and
+# libffi extends that to the register; addresses go as byref(), larger immediates as c_ulong.
+
+_INT_MAX = 0x7FFF_FFFF
 
 
 def ioc(direction: int, number: int, size_bytes: int) -> int:
@@ -145,8 +148,9 @@ class Fd:
     def call(self: F, request: Ioctl[F, P], payload: P) -> int: ...
     def call(self, request: Ioctl[Any, Any], payload: Any = None) -> int:
         """Issue the request; return what ioctl(2) returned, raise KvmError if that was negative."""
-        result = request.raw(self.fileno(), payload)
+        result = request.raw(self._fd, payload)
         if result < 0:
+            self.fileno()  # a closed one is -1, which ioctl(2) refused: then this is ClosedError
             raise KvmError(-result, request.name, self.kind)
         return result
 
@@ -156,11 +160,15 @@ class Fd:
     def try_call(self: F, request: Ioctl[F, P], payload: P) -> int: ...
     def try_call(self, request: Ioctl[Any, Any], payload: Any = None) -> int:
         """Issue the request; return 0 if it was accepted, else its (positive) errno."""
-        return max(-request.raw(self.fileno(), payload), 0)
+        result = request.raw(self._fd, payload)
+        if result >= 0:
+            return 0
+        self.fileno()  # as above
+        return -result
 
     def get(self: F, request: Ioctl[F, P]) -> P:
         """Issue a request that fills its payload; return the payload."""
-        payload = request.new_payload()
+        payload: P = request.payload()
         self.call(request, payload)
         return payload
 
@@ -210,6 +218,7 @@ class Ioctl(Generic[FdIn, P]):
         self.number = number
         self.fd_kind = fd_kind
         self.payload = payload
+        """The payload's type: called, it makes a zeroed one."""
         self.cap = cap
         """The KVM_CAP_* that offers it; None if every KVM has it."""
 
@@ -217,20 +226,18 @@ class Ioctl(Generic[FdIn, P]):
         """Take the attribute's name."""
         self.name = name
 
-    def new_payload(self) -> P:
-        """Return a zeroed payload."""
-        return cast("P", self.payload())
-
     def raw(self, fd: int, payload: P) -> int:
         """Issue the request; return ioctl(2)'s result, or the negated errno."""
-        argument: Any
-        if isinstance(payload, int):
-            argument = ctypes.c_ulong(payload)
-        elif payload is None:
+        # Everything goes through here: each helper called on the way would cost as much as a tenth
+        # of a request that does nothing.
+        argument: Any = payload
+        if argument is None:
             argument = 0
-        else:
-            argument = ctypes.byref(cast("Any", payload))
-        result = int(_libc_ioctl(fd, self.number, argument))
+        elif not isinstance(argument, int):
+            argument = _byref(argument)
+        elif not 0 <= argument <= _INT_MAX:
+            argument = ctypes.c_ulong(argument)
+        result: int = _libc_ioctl(fd, self.number, argument)
         return result if result >= 0 else -ctypes.get_errno()
 
     def __repr__(self) -> str:

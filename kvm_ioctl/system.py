@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from kvm_ioctl.asm_kvm import kvm_cpuid_entry2
 from kvm_ioctl.attributes import get_attr, has_attr
 from kvm_ioctl.linux_kvm import KVM_API_VERSION
-from kvm_ioctl.lists import read_cpuid, read_msr_list, read_msrs
+from kvm_ioctl.lists import read_cpuid, read_msr_list
+from kvm_ioctl.msrs import MsrBlocks, read_msrs
 from kvm_ioctl.request import KvmError, SystemFd
 from kvm_ioctl.requests import SystemRequests
 from kvm_ioctl.vm import Vm
@@ -90,7 +91,7 @@ class Kvm(SystemRequests, SystemFd):
         self, indices: Iterable[int], *, skip_refused: bool = False
     ) -> dict[int, int]:
         """Return feature MSRs by index; raise MsrRefused at one that is none, or skip it."""
-        return read_msrs(self, self.KVM_GET_MSRS, indices, skip_refused)
+        return read_msrs(self, self.KVM_GET_MSRS, MsrBlocks(), indices, skip_refused)
 
     def has_attr(self, group: int, attr: int) -> bool:
         """Tell whether KVM has the attribute (KVM_X86_GRP_*)."""

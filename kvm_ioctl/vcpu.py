@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvm_ioctl.accessors import action, getter, setter
@@ -31,7 +32,8 @@ from kvm_ioctl.linux_kvm import (
     kvm_signal_mask,
     kvm_translation,
 )
-from kvm_ioctl.lists import new_cpuid, read_cpuid, read_msrs, write_msrs
+from kvm_ioctl.lists import new_cpuid, read_cpuid
+from kvm_ioctl.msrs import MsrBlocks, read_msrs, write_msrs
 from kvm_ioctl.request import ClosedError, KvmError, VcpuFd
 from kvm_ioctl.requests import VcpuRequests
 from kvm_ioctl.rings import CoalescedRing, DirtyRing, unmap
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from kvm_ioctl.vm import Vm
 
 _KERNEL_SIGSET_BYTES = 8
+_KVM_RUN = VcpuRequests.KVM_RUN
 _EHWPOISON = 133  # asm-generic/errno.h; the errno module lacks it before Python 3.14
 
 
@@ -56,6 +59,7 @@ class Vcpu(VcpuRequests, VcpuFd):
         self.vm = vm
         self.id = vcpu_id
         self._dirty_ring: DirtyRing | None = None
+        self._read_blocks, self._write_blocks = MsrBlocks(), MsrBlocks()
         self._run: kvm_run | None = None
         try:
             self._mapping = mmap.mmap(fd, mmap_size_bytes)
@@ -94,7 +98,7 @@ class Vcpu(VcpuRequests, VcpuFd):
             raise ClosedError("this vcpu fd is closed")
         # Not fcntl.ioctl, which is a little cheaper: newer Pythons repeat it after EINTR, and then
         # neither a signal nor immediate_exit gets a looping guest out.
-        result = VcpuRequests.KVM_RUN.raw(self._fd, None)
+        result = _KVM_RUN.raw(self._fd, None)
         if result >= 0:
             return decode(run)
         if result == -errno.EINTR:
@@ -161,11 +165,11 @@ class Vcpu(VcpuRequests, VcpuFd):
 
     def get_msrs(self, indices: Iterable[int], *, skip_refused: bool = False) -> dict[int, int]:
         """Return the values by index; raise MsrRefused at one that KVM refuses, or skip it."""
-        return read_msrs(self, self.KVM_GET_MSRS, indices, skip_refused)
+        return read_msrs(self, self.KVM_GET_MSRS, self._read_blocks, indices, skip_refused)
 
     def set_msrs(self, values: Mapping[int, int]) -> int:
         """Set the MSRs in order; return how many were taken before KVM refused one."""
-        return write_msrs(self, self.KVM_SET_MSRS, values)
+        return write_msrs(self, self.KVM_SET_MSRS, self._write_blocks, values)
 
     def get_cpuid2(self) -> list[kvm_cpuid_entry2]:
         """Return the CPUID leaves of this vCPU."""
@@ -180,34 +184,46 @@ class Vcpu(VcpuRequests, VcpuFd):
 
         In guest mode KVM writes the whole state before it finds that a buffer is too small.
         """
-        offered = self.vm.check_extension(Cap.KVM_CAP_NESTED_STATE)
-        data_bytes = max(offered - ctypes.sizeof(kvm_nested_state), KVM_STATE_NESTED_SVM_VMCB_SIZE)
-        state = kvm_nested_state.with_tail(data_bytes)
+        size_bytes = self._nested_state_bytes
+        state: kvm_nested_state = kvm_nested_state.over(bytearray(size_bytes))
+        state.size = size_bytes
         self.call(self.KVM_GET_NESTED_STATE, state)
         return state
 
+    @cached_property
+    def _nested_state_bytes(self) -> int:
+        """Of the longest nested state: kvm_amd and kvm_intel answer with a constant, or 0."""
+        least = ctypes.sizeof(kvm_nested_state) + KVM_STATE_NESTED_SVM_VMCB_SIZE
+        return max(self.vm.check_extension(Cap.KVM_CAP_NESTED_STATE), least)
+
     def get_xsave(self) -> kvm_xsave:
         """Return the XSAVE area, as long as KVM_CAP_XSAVE2 says where there is that capability."""
-        size_bytes = self.vm.check_extension(Cap.KVM_CAP_XSAVE2)
-        if size_bytes == 0:
+        if self._xsave_bytes == 0:
             return self.get(self.KVM_GET_XSAVE)
-        xsave = self._new_xsave(size_bytes)
+        xsave = self._new_xsave()
         self.call(self.KVM_GET_XSAVE2, xsave)
         return xsave
 
     def set_xsave(self, xsave: kvm_xsave) -> None:
         """Load the XSAVE area; a shorter one than KVM reads is extended by zeroes."""
-        size_bytes = self.vm.check_extension(Cap.KVM_CAP_XSAVE2)
-        if xsave.allocated_bytes < size_bytes:
-            longer = self._new_xsave(size_bytes)
+        if xsave.allocated_bytes < self._xsave_bytes:
+            longer = self._new_xsave()
             ctypes.memmove(ctypes.byref(longer), ctypes.byref(xsave), xsave.allocated_bytes)
             xsave = longer
         self.call(self.KVM_SET_XSAVE, xsave)
 
-    @staticmethod
-    def _new_xsave(size_bytes: int) -> kvm_xsave:
-        extra_bytes = max(size_bytes - ctypes.sizeof(kvm_xsave), 0)
-        return kvm_xsave.with_tail(-(-extra_bytes // 4))
+    @cached_property
+    def _xsave_bytes(self) -> int:
+        """Of the XSAVE area, 0 before Linux 5.17.
+
+        The features that it has room for are those that the process was permitted when it made its
+        first vCPU (``fpstate`` permissions are locked then), so the answer holds for this one.
+        """
+        return self.vm.check_extension(Cap.KVM_CAP_XSAVE2)
+
+    def _new_xsave(self) -> kvm_xsave:
+        size_bytes = max(self._xsave_bytes, ctypes.sizeof(kvm_xsave))
+        return kvm_xsave.over(bytearray(-(-size_bytes // 4) * 4))
 
     def get_one_reg(self, reg_id: int) -> int:
         """Return a 64-bit register by its KVM_REG_X86 id."""

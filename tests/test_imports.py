@@ -14,6 +14,7 @@ OURS = ("kvm_ioctl", "harness", "guest_images")
 SVM = ("kvm_ioctl", "harness.svm")
 MACHINE = (*SVM, "harness.errors", "harness.machine")
 PROBE = (*MACHINE, "harness.model", "harness.probe")
+PROXY = (*MACHINE, "harness.proxy")
 
 #: What each part may import of this project. Third-party packages are for none of these.
 MAY_IMPORT = {
@@ -22,7 +23,8 @@ MAY_IMPORT = {
     "harness.model": ("harness.svm", "harness.model"),
     "harness.machine": MACHINE,
     "harness.probe": PROBE,
-    "harness.scenarios": (*PROBE, "harness.facts", "harness.scenarios"),
+    "harness.proxy": PROXY,
+    "harness.scenarios": (*PROBE, "harness.proxy", "harness.facts", "harness.scenarios"),
 }
 
 #: These know results and files, not VMs.

@@ -94,7 +94,7 @@ def tables(rows: list[Comparison]) -> list[Table]:
 def show(report: Report, console: Console) -> None:
     """Print the report."""
     for host in report.hosts:
-        line = f"{host['kind']}: kernel {host['kernel']}, {host['silicon']}"
+        line = f"{host['kind']}: kernel {host['kernel_release']}, {host['silicon']}"
         console.print(escape(line), soft_wrap=True)
     for found in tables(report.rows):
         console.print(found)

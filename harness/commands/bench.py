@@ -11,8 +11,7 @@ from rich.console import Console
 
 from harness.bench.suite import Wanted, choose, run
 from harness.bench.table import as_json, show
-from harness.commands.options import write_json
-from harness.errors import HostError
+from harness.commands.options import require_writable, write_json
 from harness.runner.hosts import DEFAULT_KERNEL
 
 _HOSTS = {"local": ("local",), "emulated": ("emulated",), "both": ("local", "emulated")}
@@ -49,8 +48,7 @@ def command(host: str, kernel: str, repeat: int, expression: str, json_file: Pat
     """
     started = time.monotonic()
     hosts = _HOSTS[host]
-    if json_file is not None and not json_file.parent.is_dir():
-        raise HostError(f"cannot write {json_file}: no directory {json_file.parent}")
+    require_writable(json_file)
     wanted = Wanted(hosts, kernel, repeat, choose(expression, hosts))
     report = run(wanted, log=lambda text: click.echo(f"nsvm: {text}", err=True))
     if json_file is not None:

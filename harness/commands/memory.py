@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from harness.commands.options import host_choice, host_options, write_json
+from harness.commands.options import host_choice, host_options, require_writable, write_json
 from harness.host.session import CallResult, Host
 from harness.probe.kmsg import new_taints, splats
 from harness.report.verdict import Verdict, exit_status
@@ -50,6 +50,7 @@ def command(
     Three independent probes must agree with each other and with the model. Exit status: 0 they do,
     1 they do not, 2 it could not be measured.
     """
+    require_writable(json_file)
     choice = host_choice(host, kernel, modules)
     with make_host(choice, log=lambda text: click.echo(f"nsvm: {text}", err=True)) as where:
         session = where.start()

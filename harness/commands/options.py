@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +47,22 @@ def host_choice(host: str, kernel: str | None, modules: Path | None) -> HostChoi
     if modules is not None and kernel is None:
         raise click.UsageError("--modules goes with --kernel PATH")
     return HostChoice(host, kernel, modules)
+
+
+def require_writable(path: Path | None) -> None:
+    """Check, before anything is measured, that `write_json` can do its part.
+
+    Raises:
+        HostError: it cannot: no such directory, a directory itself, or no permission.
+    """
+    if path is None or str(path) == "-":
+        return
+    if not path.parent.is_dir():
+        raise HostError(f"cannot write {path}: no directory {path.parent}")
+    if path.is_dir():
+        raise HostError(f"cannot write {path}: it is a directory")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise HostError(f"cannot write {path}: no permission")
 
 
 def write_json(path: Path, value: object) -> None:

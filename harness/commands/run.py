@@ -69,6 +69,8 @@ def command(
         HostPool(choice, fresh=not shared, log=log) as pool,
     ):
         file.write("run", version=version("nsvm-harness"), revision=_revision(), argv=sys.argv[1:])
+        # A kernel that cannot be had is one error, not one of every case.
+        pool.host({})
         lab = Lab(pool, file, timeout_s, load_known_issues(), strict=strict)
         plugin = Plugin(lab)
         own = Path(harness.scenarios.__file__).parent

@@ -2,7 +2,8 @@
 
 It speaks JSON lines over one channel (a virtio-serial port in the emulated host, a pipe on the
 local one). Commands: `hello`, `bundle` (the tree's own code, followed by its bytes), `call`,
-`abort`, `power_off`. Every call runs in a forked child, so that a crash, a hang or a leak ends with
+`input` (text for the call's standard input), `interrupt` (SIGINT), `abort` (SIGTERM), `power_off`.
+Every call runs in a forked child, so that a crash, a hang or a leak ends with
 the call. What the child reports, what it prints and what the kernel logs meanwhile leaves the host
 line by line, as it happens: the kernel under test may die at any moment.
 
@@ -162,6 +163,29 @@ class Kmsg:
         return found
 
 
+class Input:
+    """A child's standard input. Nothing here waits for the child: what it does not read is kept."""
+
+    def __init__(self) -> None:
+        self.child_end, self.fd = os.pipe()
+        os.set_blocking(self.fd, False)
+        self.pending = b""
+
+    def put(self, data: bytes) -> None:
+        """Add to what the child reads."""
+        self.pending += data
+        self.flush()
+
+    def flush(self) -> None:
+        """Write as much as there is room for; a child that closed its end wants no more."""
+        with contextlib.suppress(BlockingIOError):
+            try:
+                while self.pending:
+                    self.pending = self.pending[os.write(self.fd, self.pending) :]
+            except BrokenPipeError:
+                self.pending = b""
+
+
 class Call:
     """One function call in a child of its own."""
 
@@ -175,11 +199,16 @@ class Call:
         self.buffers: dict[int, bytes] = {}
         self.events, event_end = os.pipe()
         self.output, output_end = os.pipe()
+        self.input = Input() if command.get("stdin") else None
         self.pid = os.fork()
         if self.pid == 0:
-            _child(command, event_end, output_end, [self.events, self.output, *close_in_child])
-        os.close(event_end)
-        os.close(output_end)
+            unwanted = [self.events, self.output, *close_in_child]
+            if self.input:
+                unwanted.append(self.input.fd)
+            input_end = self.input.child_end if self.input else os.open(os.devnull, os.O_RDONLY)
+            _child(command, event_end, output_end, input_end, unwanted)
+        for fd in (event_end, output_end, *([self.input.child_end] if self.input else [])):
+            os.close(fd)
         self.pidfd = os.pidfd_open(self.pid)
         self.open = [self.events, self.output]
 
@@ -244,18 +273,20 @@ class Call:
 
     def close(self) -> None:
         """Give the descriptors back."""
-        for fd in [*self.open, self.pidfd]:
+        for fd in [*self.open, self.pidfd, *([self.input.fd] if self.input else [])]:
             os.close(fd)
 
 
-def _child(command: Event, events: int, output: int, unwanted: list[int]) -> None:
+def _child(
+    command: Event, events: int, output: int, standard_input: int, unwanted: list[int]
+) -> None:
     """Run the call and exit; never returns."""
     status = 1
     try:
         for fd in unwanted:
             os.close(fd)
         # A local agent's standard input is its channel.
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(standard_input, 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
@@ -264,6 +295,8 @@ def _child(command: Event, events: int, output: int, unwanted: list[int]) -> Non
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
         # SIGTERM must run the context managers that give the machine back as it was.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        # An agent that was started in the background may have inherited SIG_IGN.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         status = _invoke(command, Channel(-1, events).send)
     except BaseException:
         traceback.print_exc()
@@ -313,8 +346,8 @@ class Agent:
         """Serve until the channel closes or a command says so."""
         poller = select.poll()
         while True:
-            for fd in (poller_fds := self._fds()):
-                poller.register(fd, select.POLLIN)
+            for fd, mask in (poller_fds := self._fds()).items():
+                poller.register(fd, mask)
             ready = [fd for fd, _ in poller.poll(self._wait_ms())]
             for fd in poller_fds:
                 poller.unregister(fd)
@@ -322,11 +355,15 @@ class Agent:
                 self._serve(fd)
             self._watch()
 
-    def _fds(self) -> list[int]:
+    def _fds(self) -> dict[int, int]:
+        """Return what to poll, and for what."""
         fds = [self.channel.fileno()]
         if self.call:
             fds += [*self.call.open, self.call.pidfd]
-        return fds
+        masks = dict.fromkeys(fds, select.POLLIN)
+        if self.call and self.call.input and self.call.input.pending:
+            masks[self.call.input.fd] = select.POLLOUT
+        return masks
 
     def _wait_ms(self) -> float:
         # While a call runs, the kernel log is looked at often: its splats are the last words.
@@ -339,6 +376,8 @@ class Agent:
         elif self.call and fd in self.call.open:
             for line in self.call.lines(fd):
                 self._from_child(self.call, fd, line)
+        elif self.call and self.call.input and fd == self.call.input.fd:
+            self.call.input.flush()
 
     def _from_child(self, call: Call, fd: int, line: str) -> None:
         if fd == call.output:
@@ -424,6 +463,14 @@ class Agent:
         unwanted = sorted({self.channel.fileno(), self.channel._writer} - {0, 1, 2})
         self.call = Call(command, unwanted)
         self.send({"event": "begin", "id": command["id"], "pid": self.call.pid})
+
+    def _op_input(self, command: Event) -> None:
+        if self.call and self.call.input:
+            self.call.input.put(command["text"].encode())
+
+    def _op_interrupt(self, command: Event) -> None:
+        if self.call:
+            signal.pidfd_send_signal(self.call.pidfd, signal.SIGINT)
 
     def _op_abort(self, command: Event) -> None:
         if self.call:

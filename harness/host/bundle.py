@@ -27,6 +27,7 @@ CARRIED = (
     "harness/facts.py",
     "harness/svm",
     "harness/machine",
+    "harness/proxy",
     "harness/model",
     "harness/probe",
     "harness/scenarios",

@@ -53,7 +53,7 @@ class CallResult:
 
 
 class Session:
-    """One running agent. Not thread-safe; one call at a time.
+    """One running agent. Not thread-safe, but for `send_input` and its like; one call at a time.
 
     `why_dead` looks for the cause when the channel ends or falls silent.
     """
@@ -123,18 +123,20 @@ class Session:
         *,
         timeout_s: float,
         on_event: Callable[[Event], None] = lambda event: None,
+        stdin: bool = False,
         **kwargs: Any,
     ) -> CallResult:
         """Call `module:function` with `kwargs` in the host; return how it ended.
+
+        With `stdin`, the call reads what `send_input` sends; without, its input is empty.
 
         Raises:
             HostLost: the host died meanwhile; what it had said was given to `on_event`.
         """
         call_id, self._next_id = self._next_id, self._next_id + 1
-        self._command(
-            {"op": "call", "id": call_id, "target": target, "kwargs": kwargs,
-             "timeout_s": timeout_s}
-        )  # fmt: skip
+        command = {"op": "call", "id": call_id, "target": target, "kwargs": kwargs,
+                   "timeout_s": timeout_s}  # fmt: skip
+        self._command({**command, "stdin": True} if stdin else command)
         result = CallResult("lost")
         # The agent gives up on a child within timeout_s and a little; a host that then still says
         # nothing but heartbeats has a broken agent.
@@ -158,6 +160,16 @@ class Session:
             if time.monotonic() > overdue:
                 break
         raise self._why_dead(f"the call did not end within {timeout_s:.0f} s")
+
+    # These may come from another thread than the one that is in `call`: they only send.
+
+    def send_input(self, text: str) -> None:
+        """Give the running call something to read; see `stdin` of `call`."""
+        self._command({"op": "input", "text": text})
+
+    def interrupt(self) -> None:
+        """Send the running call SIGINT, as ^C at a terminal would."""
+        self._command({"op": "interrupt"})
 
     def abort(self) -> None:
         """Ask the running call to clean up and end."""

@@ -1,17 +1,26 @@
 """The state that vCPUs enter an image in: page tables, descriptor table, registers.
 
-All of it lies in `ENTRY_AREA`, below the images and below the default SMBASE.
+All of it lies in `ENTRY_AREA`, below the images and below the default SMBASE; for multiboot images
+in `MULTIBOOT_AREA`.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from harness.machine.addresses import Gpa
-from harness.machine.errors import MachineError
 from harness.machine.loader import EntryMode, Image
 from harness.machine.memory import GuestMemory
+from harness.machine.memory_map import MemoryRange
+from harness.machine.multiboot import (
+    MULTIBOOT_AREA,
+    MULTIBOOT_BOOTLOADER_MAGIC,
+    MULTIBOOT_GDT_GPA,
+    MULTIBOOT_INFO_GPA,
+    multiboot_info,
+)
 from harness.svm.msrs import Cr0, Cr4, Efer
 from kvm_ioctl.asm_kvm import kvm_regs, kvm_segment, kvm_sregs
 
@@ -20,14 +29,9 @@ _PML4_GPA: Final = Gpa(0x2000)
 _PDPT_GPA: Final = Gpa(0x3000)
 _PD_GPA: Final = Gpa(0x4000)
 _PD_COUNT: Final = 4
-_MULTIBOOT_INFO_GPA: Final = Gpa(0x8000)
-_MULTIBOOT_TEXT_GPA: Final = Gpa(0x8100)
 
 ENTRY_AREA: Final = range(_GDT_GPA, 0x9000)
-"""Guest memory that no image may occupy, unless it is entered in real mode."""
-
-MULTIBOOT_BOOTLOADER_MAGIC: Final = 0x2BADB002
-"""EAX at the entry of a multiboot image."""
+"""Guest memory that no image may occupy which is entered in 64-bit or plain protected mode."""
 
 _CS32, _DS, _CS64 = 0x08, 0x10, 0x18
 _GDT = (0, 0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF, 0x00AF_9B00_0000_FFFF)
@@ -42,18 +46,37 @@ _BUSY_TSS = 11
 
 def reserved_memory(mode: EntryMode) -> list[range]:
     """Return the guest memory that an entry mode needs for itself."""
-    return [] if mode is EntryMode.REAL16 else [ENTRY_AREA]
+    if mode is EntryMode.REAL16:
+        return []
+    return [MULTIBOOT_AREA if mode is EntryMode.MULTIBOOT32 else ENTRY_AREA]
 
 
-def prepare_entry(memory: GuestMemory, image: Image, command_line: str = "") -> None:
-    """Write the tables that the image's entry mode needs into `ENTRY_AREA`."""
+def prepare_entry(
+    memory: GuestMemory,
+    image: Image,
+    command_line: str = "",
+    memory_map: Sequence[MemoryRange] | None = None,
+) -> None:
+    """Write the tables that the image's entry mode needs into `reserved_memory`.
+
+    Args:
+        memory: of the guest.
+        image: what will be entered.
+        command_line: for multiboot images.
+        memory_map: for multiboot images; by default all slots are RAM.
+
+    Raises MachineError: the command line is too long.
+
+    """
     if image.mode is EntryMode.REAL16:
         return
-    memory.write(_GDT_GPA, struct.pack(f"<{len(_GDT)}Q", *_GDT))
+    memory.write(_gdt_gpa(image.mode), struct.pack(f"<{len(_GDT)}Q", *_GDT))
     if image.mode is EntryMode.LONG64:
         _write_identity_map(memory)
     elif image.mode is EntryMode.MULTIBOOT32:
-        _write_multiboot_info(memory, command_line)
+        slots = [MemoryRange(slot.gpa, slot.size_bytes) for slot in memory.slots()]
+        info = multiboot_info(slots if memory_map is None else memory_map, command_line)
+        memory.write(MULTIBOOT_INFO_GPA, info)
 
 
 def entry_sregs(sregs: kvm_sregs, mode: EntryMode) -> kvm_sregs:
@@ -64,6 +87,7 @@ def entry_sregs(sregs: kvm_sregs, mode: EntryMode) -> kvm_sregs:
         return sregs
     long_mode = mode is EntryMode.LONG64
     _set_flat_segments(sregs, long_mode)
+    sregs.gdt.base = _gdt_gpa(mode)
     sregs.cr0 = _PROTECTED
     if long_mode:
         sregs.cr0 = _PROTECTED.replace(PG=1)
@@ -78,10 +102,14 @@ def entry_regs(image: Image, index: int) -> kvm_regs:
     regs = kvm_regs(rip=image.entry, rflags=_RFLAGS_FIXED)
     if image.mode is EntryMode.MULTIBOOT32:
         regs.rax = MULTIBOOT_BOOTLOADER_MAGIC
-        regs.rbx = _MULTIBOOT_INFO_GPA
+        regs.rbx = MULTIBOOT_INFO_GPA
     else:
         regs.rdi = index
     return regs
+
+
+def _gdt_gpa(mode: EntryMode) -> Gpa:
+    return MULTIBOOT_GDT_GPA if mode is EntryMode.MULTIBOOT32 else _GDT_GPA
 
 
 def _set_flat_segments(sregs: kvm_sregs, long_mode: bool) -> None:
@@ -90,7 +118,6 @@ def _set_flat_segments(sregs: kvm_sregs, long_mode: bool) -> None:
         setattr(sregs, name, _flat(_DS, 3, False))
     sregs.tr = kvm_segment(limit=0x67, type=_BUSY_TSS, present=1)
     sregs.ldt = kvm_segment(unusable=1)
-    sregs.gdt.base = _GDT_GPA
     sregs.gdt.limit = 8 * len(_GDT) - 1
     sregs.idt.base = sregs.idt.limit = 0
 
@@ -116,34 +143,3 @@ def _write_identity_map(memory: GuestMemory) -> None:
     memory.write(_PDPT_GPA, struct.pack(f"<{_PD_COUNT}Q", *tables))
     pages = [i * _LARGE_PAGE_BYTES | flags | _LARGE_DIRTY for i in range(512 * _PD_COUNT)]
     memory.write(_PD_GPA, struct.pack(f"<{len(pages)}Q", *pages))
-
-
-_INFO_MEMORY, _INFO_CMDLINE, _INFO_MMAP, _INFO_LOADER_NAME = 1 << 0, 1 << 2, 1 << 6, 1 << 9
-_LOADER_NAME = b"nsvm\0"
-_MMAP_AVAILABLE = 1
-_CONVENTIONAL_END, _HIGH_START = 0xA_0000, 0x10_0000
-
-
-def _write_multiboot_info(memory: GuestMemory, command_line: str) -> None:
-    """Write the information structure (Multiboot Specification 0.6.96, 3.3).
-
-    Raises MachineError: the command line is too long for `ENTRY_AREA`.
-    """
-    regions = [(slot.gpa, slot.size_bytes) for slot in memory.slots()]
-    entries = b"".join(struct.pack("<IQQI", 20, *r, _MMAP_AVAILABLE) for r in regions)
-    text = command_line.encode() + b"\0"
-    name_gpa = _MULTIBOOT_TEXT_GPA
-    mmap_gpa = name_gpa + len(_LOADER_NAME)
-    text_gpa = mmap_gpa + len(entries)
-    top = max((gpa + size for gpa, size in regions if gpa <= _HIGH_START), default=0)
-    info = bytearray(0x58)
-    flags = _INFO_MEMORY | _INFO_CMDLINE | _INFO_MMAP | _INFO_LOADER_NAME
-    upper_kib = max(top - _HIGH_START, 0) // 1024
-    struct.pack_into("<III", info, 0, flags, min(top, _CONVENTIONAL_END) // 1024, upper_kib)
-    struct.pack_into("<I", info, 16, text_gpa)
-    struct.pack_into("<II", info, 44, len(entries), mmap_gpa)
-    struct.pack_into("<I", info, 64, name_gpa)
-    if text_gpa + len(text) > ENTRY_AREA.stop:
-        raise MachineError(f"a command line of {len(text)} bytes is too long for multiboot")
-    memory.write(_MULTIBOOT_INFO_GPA, bytes(info))
-    memory.write(name_gpa, _LOADER_NAME + entries + text)

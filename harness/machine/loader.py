@@ -1,9 +1,9 @@
-"""Guest images: raw code, ELF64, ELF32, and ELF32 with a multiboot header."""
+"""Guest images: raw code, ELF64, ELF32, and files with a multiboot header."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
@@ -12,6 +12,7 @@ from pathlib import Path
 from harness.machine.addresses import Gpa
 from harness.machine.errors import GuestMemoryError, ImageError
 from harness.machine.memory import GuestMemory
+from harness.machine.multiboot_header import find_multiboot_header
 
 
 class EntryMode(Enum):
@@ -74,6 +75,30 @@ class Image:
             except GuestMemoryError as e:
                 raise ImageError(f"{self.name}: {segment} is outside memory: {e}") from e
 
+    def check(self, ram: Sequence[range], reserved: Iterable[range] = ()) -> None:
+        """Tell whether the image could be placed and entered where memory lies at `ram`.
+
+        Raises ImageError: a segment is outside memory, on another one, or on a reserved range; or
+            the entry point is in no segment.
+        """
+        self._check_overlaps(list(reserved))
+        for segment in self.segments:
+            if not any(r.start <= segment.gpa and segment.end <= r.stop for r in ram):
+                there = ", ".join(f"{r.start:#x}-{r.stop - 1:#x}" for r in ram)
+                raise ImageError(f"{self.name}: {segment} is outside memory ({there})")
+        if not any(s.gpa <= self.entry < s.end for s in self.segments):
+            raise ImageError(f"{self.name}: the entry point {self.entry:#x} is in no segment")
+
+    def symbol_at(self, gpa: int) -> str | None:
+        """Return the symbol at or before an address as "name+0x12", None if there is none."""
+        if not any(s.gpa <= gpa < s.end for s in self.segments):
+            return None
+        before = [(value, name) for name, value in self.symbols.items() if value <= gpa]
+        if not before:
+            return None
+        value, name = max(before)
+        return f"{name}+{gpa - value:#x}"
+
     def _check_overlaps(self, reserved: list[range]) -> None:
         ordered = sorted(self.segments, key=lambda s: s.gpa)
         for one, next_one in pairwise(ordered):
@@ -97,15 +122,15 @@ def raw_image(
 
 
 def read_image(source: Path | str | bytes) -> Image:
-    """Read an ELF image from a file, or from the bytes of one.
+    """Read an image from a file, or from the bytes of one.
 
     Raises ImageError: unreadable, or not an image that can be loaded.
     """
     if isinstance(source, bytes):
-        return parse_elf(source, "image")
+        return parse_image(source, "image")
     path = Path(source)
     try:
-        return parse_elf(path.read_bytes(), path.name)
+        return parse_image(path.read_bytes(), path.name)
     except OSError as e:
         raise ImageError(f"{path}: {e.strerror}") from e
 
@@ -157,6 +182,22 @@ _LAYOUTS = {
 }
 
 
+def parse_image(data: bytes, name: str = "image") -> Image:
+    """Parse what a multiboot loader would take, or an ELF executable.
+
+    An image with addresses in its multiboot header need not be an ELF file.
+
+    Raises ImageError: neither, truncated, or of another kind.
+    """
+    header = find_multiboot_header(data, name)
+    if header is None or header.addresses is None:
+        return parse_elf(data, name)
+    at = header.addresses
+    in_file = data[at.start_in_file : at.start_in_file + at.load_end_addr - at.load_addr]
+    segment = Segment(Gpa(at.load_addr), in_file, at.bss_end_addr - at.load_addr)
+    return Image(name, EntryMode.MULTIBOOT32, Gpa(at.entry_addr), (segment,))
+
+
 def parse_elf(data: bytes, name: str = "image") -> Image:
     """Parse a statically linked x86 ELF executable.
 
@@ -198,8 +239,8 @@ class _ElfFile:
     def _mode(self) -> EntryMode:
         if self.is_64:
             return EntryMode.LONG64
-        has_header = has_multiboot_header(self.data, self.name)
-        return EntryMode.MULTIBOOT32 if has_header else EntryMode.PROTECTED32
+        header = find_multiboot_header(self.data, self.name)
+        return EntryMode.PROTECTED32 if header is None else EntryMode.MULTIBOOT32
 
     def _segments(self) -> Iterator[Segment]:
         for i in range(self.header[_E_PHNUM]):
@@ -243,24 +284,3 @@ class _ElfFile:
                 f"{self.name}: truncated, {what} ends at byte {at + count} of {len(self.data)}"
             )
         return self.data[at : at + count]
-
-
-_MULTIBOOT_HEADER_MAGIC = 0x1BADB002
-_MULTIBOOT_SEARCH_BYTES = 8192
-_MULTIBOOT_UNSUPPORTED = 0x1_FFFC
-"""Header flags this loader cannot honour: video mode, a.out addresses, undefined must-haves."""
-
-
-def has_multiboot_header(data: bytes, name: str) -> bool:
-    """Tell whether a file has a multiboot 1 header (Multiboot Specification 0.6.96, 3.1).
-
-    Raises ImageError: it has one that asks for what this loader does not do.
-    """
-    head = data[:_MULTIBOOT_SEARCH_BYTES]
-    for at in range(0, len(head) - 11, 4):
-        magic, flags, checksum = struct.unpack_from("<III", head, at)
-        if magic == _MULTIBOOT_HEADER_MAGIC and (magic + flags + checksum) & 0xFFFF_FFFF == 0:
-            if flags & _MULTIBOOT_UNSUPPORTED:
-                raise ImageError(f"{name}: multiboot header flags {flags:#x} are not supported")
-            return True
-    return False

@@ -14,6 +14,7 @@ from harness.machine.entry import entry_regs, entry_sregs, prepare_entry, reserv
 from harness.machine.errors import MachineError
 from harness.machine.loader import Image, read_image
 from harness.machine.memory import SMRAM_AS_ID, GuestMemory
+from harness.machine.memory_map import MemoryRange
 from harness.machine.vcpu import MachineVcpu
 from harness.machine.watchdog import WATCHDOG
 from kvm_ioctl.capabilities import Cap
@@ -61,7 +62,7 @@ class Machine:
         if vcpus < 0 or memory_mib < 1:
             raise MachineError(f"no machine has {vcpus} vCPUs and {memory_mib} MiB")
         self.kvm = kvm
-        self.bus = PortBus()
+        self.bus = self._make_bus()
         self.image = image if image is None or isinstance(image, Image) else read_image(image)
         self.vcpus: list[MachineVcpu] = []
         self._stack = contextlib.ExitStack()
@@ -92,29 +93,54 @@ class Machine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # What another kind of machine does differently
+
+    def _make_bus(self) -> PortBus:
+        """Return what answers to ports."""
+        return PortBus()
+
+    def _ram(self, size_bytes: int) -> list[MemoryRange]:
+        """Return where memory of this size lies."""
+        return [MemoryRange(Gpa(0), size_bytes)]
+
+    def _memory_map(self) -> list[MemoryRange] | None:
+        """Return what multiboot images are told of memory; None: that all of it is free."""
+        return None
+
+    def _create_devices(self, irqchip: bool) -> None:
+        """Make the devices in the kernel."""
+        if irqchip:
+            self.vm.create_irqchip()
+
+    def _enters(self, index: int) -> bool:
+        """Tell whether a vCPU starts in the image; else it stays as KVM made it."""
+        return True
+
+    # The parts
+
     def _add_memory(self, size_bytes: int, smm: bool, advice: Sequence[int]) -> None:
         if self.vm.check_extension(Cap.KVM_CAP_SET_TSS_ADDR):
             self.vm.set_tss_addr(_TSS_GPA)
-        slot = self.memory.add(Gpa(0), size_bytes, advice=advice)
-        if smm:
-            self.memory.alias(slot, as_id=SMRAM_AS_ID)
+        for ram in self._ram(size_bytes):
+            slot = self.memory.add(ram.gpa, ram.size_bytes, advice=advice)
+            if smm:
+                self.memory.alias(slot, as_id=SMRAM_AS_ID)
 
     def _load(self, command_line: str) -> None:
         if self.image is not None:
             self.image.place(self.memory, reserved_memory(self.image.mode))
-            prepare_entry(self.memory, self.image, command_line)
+            prepare_entry(self.memory, self.image, command_line, self._memory_map())
 
     def _create_vcpus(
         self, stack: contextlib.ExitStack, count: int, cpuid: CpuidPolicy, irqchip: bool
     ) -> None:
-        if irqchip:
-            self.vm.create_irqchip()
+        self._create_devices(irqchip)
         supported = self.kvm.supported_cpuid()
         for index in range(count):
             vcpu = stack.enter_context(self.vm.create_vcpu(index))
             # Before SREGS: newer kernels check EFER there against CPUID.
             vcpu.set_cpuid2(cpuid.entries(supported, index, count))
-            if self.image is not None:
+            if self.image is not None and self._enters(index):
                 vcpu.set_sregs(entry_sregs(vcpu.get_sregs(), self.image.mode))
                 vcpu.set_regs(entry_regs(self.image, index))
                 if irqchip:

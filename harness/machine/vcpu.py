@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from harness.errors import ScenarioFailure
@@ -14,7 +12,7 @@ from harness.machine.console import GuestExit, PortBus, PortOut
 from harness.machine.guest_abi import STAGE_PORT, Stage
 from harness.machine.hang import VcpuTimeout, describe_hang
 from harness.machine.memory import GuestMemory
-from harness.machine.watchdog import WATCHDOG, Watch
+from harness.machine.watchdog import WATCHDOG
 from kvm_ioctl.exits import Exit, Interrupted, IoExit
 from kvm_ioctl.handles import Vcpu, Vm
 
@@ -64,8 +62,8 @@ class MachineVcpu:
         self._memory = memory
         self._bus = bus
         self._events: deque[Event] = deque()
-        self._last_exits: deque[str] = deque(maxlen=_KEPT_EXITS)
-        self._watch: Watch | None = None
+        self._last_exits: deque[Exit] = deque(maxlen=_KEPT_EXITS)
+        self._watch = WATCHDOG.watch(self._on_stuck)
         self._kicked = False
 
     def step(self, timeout_s: float = 10.0) -> Exit | Kicked:
@@ -74,8 +72,11 @@ class MachineVcpu:
         Raises VcpuTimeout: it was still running after `timeout_s` seconds.
         Raises KvmError: KVM_RUN failed.
         """
-        with self._watched(timeout_s):
+        try:
+            self._arm(timeout_s)
             return self._enter(timeout_s)
+        finally:
+            WATCHDOG.disarm(self._watch)
 
     def run(self, timeout_s: float = 10.0) -> Event:
         """Run until there is an event that no device of the machine takes care of.
@@ -83,17 +84,20 @@ class MachineVcpu:
         Raises VcpuTimeout: there was none within `timeout_s` seconds.
         Raises KvmError: KVM_RUN failed.
         """
-        if self._events:
-            return self._events.popleft()
-        with self._watched(timeout_s):
-            while True:
+        events = self._events
+        if events:
+            return events.popleft()
+        try:
+            self._arm(timeout_s)
+            while not events:
                 exit_ = self._enter(timeout_s)
                 if isinstance(exit_, IoExit):
                     self._handle_io(exit_)
                 else:
-                    self._events.append(exit_)
-                if self._events:
-                    return self._events.popleft()
+                    events.append(exit_)
+            return events.popleft()
+        finally:
+            WATCHDOG.disarm(self._watch)
 
     def run_until(self, stage: Stage, timeout_s: float = 10.0) -> None:
         """Run until the guest reports exactly this stage next.
@@ -121,25 +125,28 @@ class MachineVcpu:
 
         To be done before a vCPU's state is saved: until then RIP may still be at the access.
         """
-        with self._watched(timeout_s) as watch:
-            watch.run.immediate_exit = 1
+        try:
+            self._arm(timeout_s)
+            self.vcpu.run.immediate_exit = 1
             self.vcpu.enter()
+        finally:
+            self.vcpu.run.immediate_exit = 0
+            WATCHDOG.disarm(self._watch)
 
     def kick(self) -> None:
         """Stop the run that another thread is in: it returns `Kicked`. Without one, nothing."""
         self._kicked = True
-        if (watch := self._watch) is not None:
-            WATCHDOG.expire(watch)
+        WATCHDOG.expire(self._watch)
 
     def _enter(self, timeout_s: float) -> Exit | Kicked:
         while True:
             exit_ = self.vcpu.enter()
-            self._last_exits.append(repr(exit_))
             if not isinstance(exit_, Interrupted):
+                self._last_exits.append(exit_)
                 return exit_
             if self._kicked:
                 return Kicked()
-            if self._watch is not None and self._watch.fired:
+            if WATCHDOG.has_fired(self._watch):
                 raise self._timeout(timeout_s)
 
     def _timeout(self, timeout_s: float) -> VcpuTimeout:
@@ -149,7 +156,7 @@ class MachineVcpu:
             self._memory,
             index=self.index,
             timeout_s=timeout_s,
-            last_exits=[text for text in self._last_exits if text != repr(Interrupted())],
+            last_exits=[repr(exit_) for exit_ in self._last_exits],
         )
         return VcpuTimeout(hang)
 
@@ -160,16 +167,9 @@ class MachineVcpu:
         data = b"".join(self._bus.read(exit_.port, exit_.size) for _ in range(exit_.count))
         self.vcpu.complete_io(data)
 
-    @contextmanager
-    def _watched(self, timeout_s: float) -> Iterator[Watch]:
+    def _arm(self, timeout_s: float) -> None:
         self._kicked = False
-        watch = WATCHDOG.arm(self.vcpu.run, timeout_s, self._on_stuck)
-        self._watch = watch
-        try:
-            yield watch
-        finally:
-            self._watch = None
-            WATCHDOG.disarm(watch)
+        WATCHDOG.arm(self._watch, self.vcpu.run, timeout_s)
 
     def _on_stuck(self) -> None:
         """Deal with a thread that no signal gets out of KVM_RUN; called by the watchdog."""

@@ -93,9 +93,11 @@ class PageAllocProbe:
         self._threads |= own_threads()
         for event in self._trace.take():
             if event.name == "mm_page_alloc":
+                if event.tid not in self._threads:
+                    continue
                 if not event.stack:
                     raise HarnessError("an allocation event came without its stack")
-                if event.tid not in self._threads or not (site := call_site(event)):
+                if not (site := call_site(event)):
                     continue
                 # A failed allocation is an event too, of page frame 0, which is never given out.
                 if not int(event.fields["pfn"], 0):

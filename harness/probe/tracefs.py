@@ -150,11 +150,11 @@ _FIELD = re.compile(r"(\w+)=(\S+)")
 def parse(text: str) -> list[TraceEvent]:
     """Return the events of a trace, each with its stack if one was recorded.
 
-    Events of several CPUs are interleaved, so a stack may follow an event of another CPU: it
-    belongs to the last event of its own thread on its own CPU.
+    Events of several CPUs are interleaved, and an interrupt's may come between an event and its
+    stack: a stack belongs to the last event without one of its own thread on its own CPU.
     """
     found: list[tuple[int, str, str, list[str]]] = []
-    last: dict[tuple[str, str], list[str]] = {}
+    waiting: dict[tuple[str, str], list[list[str]]] = {}
     stack: list[str] = []
     for line in text.splitlines():
         if line.startswith(" => "):
@@ -162,10 +162,11 @@ def parse(text: str) -> list[TraceEvent]:
         elif match := _LINE.match(line):
             tid, cpu, name, rest = match.groups()
             if name is None:
-                stack = last.get((tid, cpu), [])
+                before = waiting.get((tid, cpu))
+                stack = before.pop() if before else []
             else:
                 own: list[str] = []
-                last[tid, cpu] = own
+                waiting.setdefault((tid, cpu), []).append(own)
                 found.append((int(tid), name, rest, own))
     return [
         TraceEvent(tid, name, dict(_FIELD.findall(rest)), tuple(own))

@@ -88,3 +88,61 @@ SMRAM_GPRS: Final = (
     *("rdi", "rsi", "rbp", "rsp", "rbx", "rdx", "rcx", "rax"),
 )
 """The registers in `kvm_smram_state_64.gprs`, by index."""
+
+
+class kvm_smm_seg_state_32(CStruct):
+    """A segment register in the legacy save area; the selector lies elsewhere."""
+
+    header = "arch/x86/kvm/smm.h"
+    _fields_ = (
+        ("flags", u32),
+        ("limit", u32),
+        ("base", u32),
+    )
+
+
+class kvm_smram_state_32(CStruct):
+    """The save area of a guest without long mode."""
+
+    header = "arch/x86/kvm/smm.h"
+    _fields_ = (
+        ("reserved_0xfe00", u32 * 62),
+        ("smbase", u32),
+        ("smm_revision", u32),
+        ("io_inst_restart", u16),
+        ("auto_hlt_restart", u16),
+        ("io_restart_rdi", u32),
+        ("io_restart_rcx", u32),
+        ("io_restart_rsi", u32),
+        ("io_restart_rip", u32),
+        ("cr4", u32),
+        ("reserved_0xff18", u16),
+        ("int_shadow", u8),
+        ("reserved_0xff1b", u8 * 17),
+        ("ds", kvm_smm_seg_state_32),
+        ("fs", kvm_smm_seg_state_32),
+        ("gs", kvm_smm_seg_state_32),
+        ("idtr", kvm_smm_seg_state_32),
+        ("tr", kvm_smm_seg_state_32),
+        ("reserved_0xff68", u32),
+        ("gdtr", kvm_smm_seg_state_32),
+        ("ldtr", kvm_smm_seg_state_32),
+        ("es", kvm_smm_seg_state_32),
+        ("cs", kvm_smm_seg_state_32),
+        ("ss", kvm_smm_seg_state_32),
+        ("es_sel", u32),
+        ("cs_sel", u32),
+        ("ss_sel", u32),
+        ("ds_sel", u32),
+        ("fs_sel", u32),
+        ("gs_sel", u32),
+        ("ldtr_sel", u32),
+        ("tr_sel", u32),
+        ("dr7", u32),
+        ("dr6", u32),
+        ("gprs", u32 * 8),
+        ("eip", u32),
+        ("eflags", u32),
+        ("cr3", u32),
+        ("cr0", u32),
+    )

@@ -55,7 +55,7 @@ class FakeHost:
         return self
 
     def describe(self):
-        return {"kind": self.kind, "kernel": "6.1", "silicon": "none"}
+        return {"kind": self.kind, "kernel_release": "6.1", "silicon": "none"}
 
     def call(self, target, *, on_event, names, **kwargs):
         self.names.append(list(names))

@@ -20,7 +20,7 @@ def row(name, host, against, ours_s, theirs_s, **more):
 
 
 REPORT = Report(
-    hosts=[{"kind": "local", "kernel": "6.18", "silicon": "AMD [EPYC]"}],
+    hosts=[{"kind": "local", "kernel_release": "6.18", "silicon": "AMD [EPYC]"}],
     rows=[
         row("get_vcpu_state", "local", "C", 4.0, 3.0, count=1000),
         row("get_vcpu_state", "emulated", "C", 400.0, 3.0, count=1000),

@@ -1,3 +1,5 @@
+import pytest
+
 from harness.machine.console import GuestExit, PortBus, PortOut
 from harness.machine.guest_abi import DEBUG_EXIT_PORT, SERIAL_PORT, STAGE_PORT
 
@@ -37,3 +39,45 @@ def test_other_ports_are_reported_one_by_one():
 
 def test_a_port_without_device_reads_all_ones():
     assert PortBus().read(0x80, 4) == b"\xff" * 4
+
+
+def test_loop_back_returns_what_is_sent_and_prints_nothing():
+    bus = PortBus()
+    bus.out(SERIAL_PORT + 4, 1, b"\x13")
+    bus.out(SERIAL_PORT, 1, b"\xae")
+    assert bus.read(SERIAL_PORT + 5, 1) == b"\x61"
+    assert bus.read(SERIAL_PORT, 1) == b"\xae"
+    assert bus.read(SERIAL_PORT + 5, 1) == b"\x60"
+    bus.out(SERIAL_PORT + 4, 1, b"\x03")
+    bus.out(SERIAL_PORT, 1, b"x")
+    assert bus.serial.text == "x"
+
+
+def test_what_is_new_on_the_console_can_be_told():
+    bus = PortBus()
+    bus.out(SERIAL_PORT, 1, b"one")
+    assert bus.serial.printed_since(0) == b"one"
+    bus.out(SERIAL_PORT, 1, b"two")
+    assert bus.serial.printed_since(3) == b"two"
+    assert bus.serial.printed_since(6) == b""
+
+
+@pytest.mark.parametrize(("control", "status"), [(0x1A, 0x90), (0x15, 0x60), (0x10, 0), (3, 0xB0)])
+def test_modem_lines_are_looped_back(control, status):
+    """How the 8250 drivers of Linux and Xen look for a UART."""
+    bus = PortBus()
+    bus.out(SERIAL_PORT + 4, 1, bytes([control]))
+    assert bus.read(SERIAL_PORT + 6, 1) == bytes([status])
+
+
+def test_fifos_are_seen_once_they_are_enabled():
+    bus = PortBus()
+    assert bus.read(SERIAL_PORT + 2, 1) == b"\x01"
+    bus.out(SERIAL_PORT + 2, 1, b"\x01")
+    assert bus.read(SERIAL_PORT + 2, 1) == b"\xc1"
+
+
+def test_the_interrupt_enable_register_has_four_bits():
+    bus = PortBus()
+    bus.out(SERIAL_PORT + 1, 1, b"\xff")
+    assert bus.read(SERIAL_PORT + 1, 1) == b"\x0f"

@@ -2,10 +2,11 @@ import struct
 
 import pytest
 
-from harness.machine.entry import ENTRY_AREA, entry_regs, entry_sregs, prepare_entry
+from harness.machine.entry import entry_regs, entry_sregs, prepare_entry
 from harness.machine.errors import MachineError
 from harness.machine.loader import EntryMode, raw_image
 from harness.machine.memory import GuestMemory
+from harness.machine.multiboot import MULTIBOOT_AREA
 from kvm_ioctl.asm_kvm import kvm_sregs
 
 
@@ -69,7 +70,7 @@ def test_multiboot_information(memory):
     prepare_entry(memory, image, "one two")
     regs = entry_regs(image, 0)
     assert regs.rax == 0x2BADB002
-    assert regs.rbx in ENTRY_AREA
+    assert regs.rbx in MULTIBOOT_AREA
     info = memory.read(regs.rbx, 0x58)
     flags, lower_kib, upper_kib, _, cmdline = struct.unpack_from("<IIIII", info, 0)[:5]
     assert (flags, lower_kib, upper_kib) == (0x245, 640, 1024)
@@ -83,8 +84,8 @@ def test_multiboot_information(memory):
 
 def test_a_command_line_that_does_not_fit_is_refused(memory):
     image = raw_image(b"x", 0x100000, EntryMode.MULTIBOOT32)
-    with pytest.raises(MachineError, match="command line of 5001 bytes is too long"):
-        prepare_entry(memory, image, "x" * 5000)
+    with pytest.raises(MachineError, match="command line of 20001 bytes is too long"):
+        prepare_entry(memory, image, "x" * 20000)
 
 
 def test_real_mode_needs_no_tables(memory):

@@ -64,8 +64,8 @@ def test_raw_code_is_placed(memory):
         (forge_elf(segments=[]), "nothing to load in it"),
         (forge_elf(segments=[(0x100000, b"code", 2)]), "segment 0 has more bytes than memory"),
         (
-            forge_elf(32, [(0x100000, multiboot_header(1 << 16), 12)]),
-            "multiboot header flags 0x10000 are not supported",
+            forge_elf(32, [(0x100000, multiboot_header(1 << 2), 12)]),
+            "multiboot header flags 0x4 are not supported",
         ),
     ],
 )

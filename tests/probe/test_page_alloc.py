@@ -105,8 +105,10 @@ def test_a_refused_allocation_is_counted_apart(pfn):
     assert sum(counter.sites.values()) == 1
 
 
-def test_an_event_without_its_stack_is_an_error():
+def test_an_event_without_its_stack_is_an_error_if_it_is_ours():
     [event, *_] = parse(records.pages("6.1"))
-    counter = probe(event.tid, [TraceEvent(event.tid, event.name, event.fields)])
+    bare = TraceEvent(event.tid, event.name, event.fields)
+    assert probe(event.tid + 1, [bare]).read_bytes() == 0
+    counter = probe(event.tid, [bare])
     with pytest.raises(HarnessError, match="without its stack"):
         counter.read_bytes()

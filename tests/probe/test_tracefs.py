@@ -78,6 +78,22 @@ def test_a_stack_belongs_to_the_last_event_of_its_thread_on_its_cpu():
     ]  # fmt: skip
 
 
+NESTED = """\
+            init-68      [000] d....    7.1: mm_page_alloc: pfn=1 order=0
+            init-68      [000] d.h1.    7.2: mm_page_alloc: pfn=2 order=1
+            init-68      [000] d.h1.    7.3: <stack trace>
+ => of_the_interrupt
+            init-68      [000] d....    7.4: <stack trace>
+ => svm_allocate_nested
+ => kvm_vcpu_ioctl
+"""
+
+
+def test_an_interrupt_between_an_event_and_its_stack_takes_neither():
+    stacks = {event.fields["pfn"]: event.stack for event in parse(NESTED)}
+    assert stacks == {"1": ("svm_allocate_nested", "kvm_vcpu_ioctl"), "2": ("of_the_interrupt",)}
+
+
 @pytest.mark.parametrize(
     ("line", "tid"),
     [

@@ -1,0 +1,57 @@
+"""Kernels for tests that boot an emulated host, and a cache of their own."""
+
+import os
+import shutil
+
+import pytest
+
+from harness.errors import NsvmError
+from harness.host.cache import cache_dir
+from harness.host.emulated import QEMU
+from harness.host.kernels import resolve
+
+#: What the emulated tests run on: versions as `nsvm --kernel` takes them.
+KERNELS = os.environ.get("NSVM_TEST_KERNELS", "5.10,7.3").split(",")
+
+
+@pytest.fixture(scope="session", params=KERNELS)
+def kernel(request):
+    """A kernel to test with, resolved: a test with it runs once for each of `KERNELS`."""
+    return resolved(request.param)
+
+
+@pytest.fixture(scope="session")
+def one_kernel():
+    """The first of `KERNELS`, for what does not depend on the kernel."""
+    return resolved(KERNELS[0])
+
+
+def resolved(spec):
+    for tool in (QEMU, "setpriv"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not in PATH")
+    try:
+        return Spec(spec, resolve(spec))
+    except NsvmError as e:
+        pytest.skip(f"kernel {spec} cannot be had: {e}")
+
+
+class Spec(str):
+    """What `--kernel` takes, with the kernel that it is."""
+
+    def __new__(cls, spec, kernel):
+        made = super().__new__(cls, spec)
+        made.kernel = kernel
+        return made
+
+
+@pytest.fixture
+def private_cache(tmp_path, monkeypatch):
+    """A cache that shares downloads and kernels with the user's, and no saved states."""
+    shared, private = cache_dir(), tmp_path / "cache"
+    private.mkdir()
+    for entry in shared.iterdir():
+        if entry.name not in ("warm", "locks", "initrd", "bundles"):
+            (private / entry.name).symlink_to(entry)
+    monkeypatch.setenv("NSVM_CACHE", str(private))
+    return private

@@ -1,0 +1,82 @@
+"""`nsvm` as a process of its own, and what it leaves."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+from harness.host.bundle import tree_root
+from harness.host.emulated import QEMU
+from harness.report.results import read_results
+
+#: Boots and runs under TCG, perhaps beside other work: only a hang takes so long.
+DEADLINE_S = 300
+
+
+def wait_until(condition, what, deadline_s=DEADLINE_S):
+    """Return the first true answer of `condition`; fail, naming `what`, when none comes."""
+    until = time.monotonic() + deadline_s
+    while not (answer := condition()):
+        assert time.monotonic() < until, f"waited {deadline_s} s: {what}"
+        time.sleep(0.02)
+    return answer
+
+
+class Nsvm:
+    """One `nsvm` process; a context manager that ends it."""
+
+    def __init__(self, *arguments, results=None, **options):
+        self.results = results
+        where = ["--results", str(results)] if results else []
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "harness", *map(str, [*arguments, *where])],
+            cwd=tree_root(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.process.poll() is None:
+            # Not SIGKILL: it is to end its machine.
+            self.process.send_signal(signal.SIGTERM)
+        self.end()
+
+    def end(self):
+        """Wait for the end; return the exit status and the output."""
+        try:
+            output, _ = self.process.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        except ValueError:  # was read to its end before
+            output = ""
+        return self.process.returncode, output
+
+    def machines(self):
+        """Return the QEMU processes that it runs."""
+        try:
+            children = psutil.Process(self.process.pid).children(recursive=True)
+            return [child for child in children if child.name().startswith(QEMU[:15])]
+        except psutil.NoSuchProcess:
+            return []
+
+    def events(self):
+        """Return what is in its results so far."""
+        path = self.results / "results.jsonl"
+        return read_results(path) if path.exists() else []
+
+    def ends(self):
+        """Return the last event of each case that has one, by the case's name."""
+        return {event["case"]: event for event in self.events() if event["event"] == "end"}
+
+
+def load_json(path):
+    return json.loads(path.read_text())

@@ -2,14 +2,15 @@
 
 import sys
 
-from guest_images.builder import ImageBuildError, build_all, image_hash
+from guest_images.builder import build_all, image_hash
+from harness.errors import HostError
 
 
 def main() -> int:
     """Build all images; 1 with one line on stderr if one cannot be built."""
     try:
         images = build_all()
-    except ImageBuildError as e:
+    except HostError as e:
         print(f"guest_images: {e}", file=sys.stderr)
         return 1
     for path in images.values():

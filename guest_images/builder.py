@@ -14,6 +14,7 @@ from pathlib import Path
 from guest_images.header import HEADER_NAME, generated_header, linker_symbols
 from harness.errors import HostError
 from harness.host.cache import cache_dir
+from harness.host.compiler import Compiler, first_error
 
 SOURCES = Path(__file__).parent
 
@@ -69,7 +70,7 @@ class ElfClass(Enum):
 
 
 class ImageBuildError(HostError):
-    """A guest could not be built; one line says why."""
+    """A guest could not be built, for another reason than the compiler's; one line says why."""
 
 
 def guest_names() -> list[str]:
@@ -85,12 +86,13 @@ def build(name: str, elf_class: ElfClass = ElfClass.ELF64, cache: Path | None = 
         elf_class: 64-bit image, or the 32-bit ELF for multiboot loaders.
         cache: directory of images; by default `nsvm/images` in the user's cache.
 
-    Raises ImageBuildError: no such guest, no compiler, or the compiler refused a file.
+    Raises ImageBuildError: no such guest, no objcopy, or nowhere to write.
+    Raises CompilerError: no compiler, or it refused a file.
 
     """
     if name not in _GUESTS:
         raise ImageBuildError(f"no guest image named {name!r}; there are {', '.join(_GUESTS)}")
-    compiler = _Compiler()
+    compiler = Compiler()
     directory = (cache or cache_dir() / "images") / _cache_key(compiler.version)
     image = directory / f"{name}{'.elf' if elf_class is ElfClass.ELF64 else '.elf32'}"
     if not image.exists():
@@ -114,43 +116,6 @@ def image_hash(image: Path) -> str:
     return hashlib.sha256(image.read_bytes()).hexdigest()
 
 
-class _Compiler:
-    """The system's C compiler: $CC, else cc, else gcc."""
-
-    def __init__(self) -> None:
-        wanted = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-        found = next(filter(None, map(shutil.which, wanted)), None)
-        if found is None:
-            raise ImageBuildError(f"no C compiler: {' nor '.join(wanted)} found, guests need one")
-        self.path = found
-        self.version = self.run(["--version"], Path.cwd(), "its version").splitlines()[0]
-
-    def run(self, arguments: list[str], cwd: Path, what: str) -> str:
-        """Run the compiler and return its output; `what` names the work in errors."""
-        try:
-            done = subprocess.run(
-                [self.path, *arguments],
-                cwd=cwd,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_TIMEOUT_S,
-                env={**os.environ, "LC_ALL": "C", "SOURCE_DATE_EPOCH": "0"},
-            )
-        except (OSError, subprocess.TimeoutExpired) as e:
-            raise ImageBuildError(f"{self.path} for {what}: {e}") from e
-        if done.returncode:
-            raise ImageBuildError(f"{what}: {_first_error(done.stderr)}")
-        return done.stdout
-
-
-def _first_error(output: str) -> str:
-    """Return the line that names the cause; the linker's have no "error" in them."""
-    lines = [line for line in output.splitlines() if line and not line.startswith("collect2:")]
-    marked = (line for line in lines if "error" in line or "undefined" in line)
-    return next(marked, lines[0] if lines else "the compiler failed without a message")
-
-
 def _cache_key(compiler_version: str) -> str:
     digest = hashlib.sha256()
     for part in _key_parts(compiler_version):
@@ -169,7 +134,7 @@ def _key_parts(compiler_version: str) -> Iterable[bytes]:
             yield source.read_bytes()
 
 
-def _build_in(work: Path, compiler: _Compiler, name: str, elf_class: ElfClass) -> Path:
+def _build_in(work: Path, compiler: Compiler, name: str, elf_class: ElfClass) -> Path:
     (work / HEADER_NAME).write_text(generated_header())
     # Object names end up in no image, but keep them the same in every build all the same.
     objects = [_compile(work, compiler, source) for source in _GUESTS[name]]
@@ -182,7 +147,7 @@ def _build_in(work: Path, compiler: _Compiler, name: str, elf_class: ElfClass) -
     return linked if elf_class is ElfClass.ELF64 else _as_elf32(work, linked)
 
 
-def _compile(work: Path, compiler: _Compiler, source: str) -> str:
+def _compile(work: Path, compiler: Compiler, source: str) -> str:
     target = f"{source}.o"
     # Run next to the sources with a relative name: paths then leave no trace in the object.
     arguments = [*_CFLAGS, "-I", str(work), "-c", source, "-o", str(work / target)]
@@ -199,5 +164,5 @@ def _as_elf32(work: Path, linked: Path) -> Path:
     command = [objcopy, "-I", "elf64-x86-64", "-O", "elf32-i386", str(linked), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
     if done.returncode:
-        raise ImageBuildError(f"objcopy: {_first_error(done.stderr)}")
+        raise ImageBuildError(f"objcopy: {first_error(done.stderr)}")
     return target

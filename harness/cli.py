@@ -22,6 +22,7 @@ _COMMANDS = {
     "list": "the scenarios and their cases",
     "memory": "measure nested-state memory per vCPU",
     "run": "run scenarios on a host",
+    "shell": "a Python prompt in a host: drive L1, L2, ... by hand",
 }
 
 #: ERROR: the harness or the lab broke, or the command was used wrongly.

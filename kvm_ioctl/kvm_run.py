@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 from kvm_ioctl.asm_kvm import kvm_debug_exit_arch, kvm_sync_regs
 from kvm_ioctl.cstruct import CStruct, CUnion, packed_format, u8, u16, u32, u64
 from kvm_ioctl.linux_kvm import SYNC_REGS_SIZE_BYTES
@@ -348,14 +350,17 @@ class kvm_run(CStruct):
         ("s", _kvm_run_s),
     ]
 
-    def io_fields(self) -> tuple[int, int, int, int, int]:
-        """Return all fields of ``io``, in order: it is what nearly every exit is."""
-        return _IO_FORMAT.unpack_from(self._buffer, _IO_OFFSET)
+    def reason_and_io(self) -> tuple[int, int, int, int, int, int]:
+        """Return ``exit_reason`` and all fields of ``io``: of nearly every exit that is all."""
+        return _REASON_AND_IO.unpack_from(self._buffer, _REASON_OFFSET)
 
     def shared_bytes(self, offset: int, size_bytes: int) -> bytes:
         """Return what is this far from the start of the page, in memory that this lies over."""
         return bytes(self._buffer[offset : offset + size_bytes])
 
 
-_IO_FORMAT = packed_format(_kvm_run_u_io)
-_IO_OFFSET: int = getattr(kvm_run, "io").offset  # noqa: B009 - mypy does not know the field
+_REASON_OFFSET: int = kvm_run.exit_reason.offset
+_GAP_BYTES = kvm_run.io.offset - _REASON_OFFSET - kvm_run.exit_reason.size
+_REASON_AND_IO = struct.Struct(
+    f"@I{_GAP_BYTES}x" + packed_format(_kvm_run_u_io).format.removeprefix("@")
+)

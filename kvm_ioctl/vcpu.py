@@ -168,7 +168,10 @@ class Vcpu(VcpuRequests, VcpuFd):
         return read_msrs(self, self.KVM_GET_MSRS, self._read_blocks, indices, skip_refused)
 
     def set_msrs(self, values: Mapping[int, int]) -> int:
-        """Set the MSRs in order; return how many were taken before KVM refused one."""
+        """Set the MSRs in order; return how many were taken before KVM refused one.
+
+        Raises OverflowError for what is no MSR's index, or not its value.
+        """
         return write_msrs(self, self.KVM_SET_MSRS, self._write_blocks, values)
 
     def get_cpuid2(self) -> list[kvm_cpuid_entry2]:

@@ -21,7 +21,7 @@ from harness.bench.native import executable
 from harness.bench.ratios import Comparison, Pair, parts_of_whole
 from harness.errors import HarnessError, HostError
 from harness.host.emulated import COLD_BOOT_S, EmulatedHost
-from harness.host.kernels import Kernel, resolve
+from harness.host.kernels import Kernel
 
 AGAINST = "bare QEMU"
 COLD, WARM, MEMORY = "start_cold", "start_warm", "memory"
@@ -131,7 +131,7 @@ def _import_in_new_python() -> None:
         raise HarnessError(f"importing what nsvm memory needs: {e}") from e
 
 
-def memory_phases(kernel_spec: str) -> dict[str, float]:
+def memory_phases(find_kernel: Callable[[], Kernel]) -> dict[str, float]:
     """Do what ``nsvm memory`` does; return the seconds of each of its phases.
 
     `python`: interpreter and imports. `kernel`: finding the kernel. `start`: the host's warm start.
@@ -141,7 +141,7 @@ def memory_phases(kernel_spec: str) -> dict[str, float]:
     with _timed(phases, "python"):
         _import_in_new_python()
     with _timed(phases, "kernel"):
-        kernel = resolve(kernel_spec)
+        kernel = find_kernel()
     with _timed(phases, "start"):
         host = EmulatedHost(kernel)
         try:
@@ -157,15 +157,15 @@ def memory_phases(kernel_spec: str) -> dict[str, float]:
     return phases
 
 
-def split_memory(kernel_spec: str, repeat: int) -> list[Comparison]:
+def split_memory(find_kernel: Callable[[], Kernel], repeat: int) -> list[Comparison]:
     """Return each phase's share of the time of a whole ``nsvm memory``."""
-    _save_warm_states(resolve(kernel_spec))
-    return parts_of_whole("emulated", MEMORY, [memory_phases(kernel_spec) for _ in range(repeat)])
+    _save_warm_states(find_kernel())
+    return parts_of_whole("emulated", MEMORY, [memory_phases(find_kernel) for _ in range(repeat)])
 
 
 def run_boot_benchmarks(
     names: list[str],
-    kernel_spec: str,
+    find_kernel: Callable[[], Kernel],
     repeat: int,
     done: Callable[[list[Comparison]], None],
 ) -> None:
@@ -175,11 +175,11 @@ def run_boot_benchmarks(
 
     Raises HostError: a machine did not come up.
     """
-    kernel = resolve(kernel_spec)
+    kernel = find_kernel()
     if WARM in names:
         done([compare_start(kernel, warm=True, repeat=repeat)])
     if COLD in names:
         cold_repeat = max(1, (repeat + 1) // 3)
         done([compare_start(kernel, warm=False, repeat=cold_repeat)])
     if MEMORY in names:
-        done(split_memory(kernel_spec, max(1, (repeat + 1) // 2)))
+        done(split_memory(find_kernel, max(1, (repeat + 1) // 2)))

@@ -33,6 +33,10 @@ class Comparison:
     """Rounds in each of the times."""
     is_part: bool = False
     """The share is that of a part in its whole, and says nothing of speed."""
+    unit: str = ""
+    """What a round is, in the plural, where rounds per second say more than seconds."""
+    note: str = ""
+    """What a reader of the row must know."""
     pairs: list[Pair] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -74,6 +78,8 @@ class Comparison:
             "share_min": low,
             "share_max": high,
             "count": self.count,
+            **({"unit": self.unit} if self.unit else {}),
+            **({"note": self.note} if self.note else {}),
             "ours_s": [pair.ours_s for pair in self.pairs],
             "theirs_s": [pair.theirs_s for pair in self.pairs],
             **({"details": self.details} if self.details else {}),

@@ -5,27 +5,36 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from harness.bench.boot import BOOT_BENCHMARKS, run_boot_benchmarks
 from harness.bench.choose import ExpressionError, matching
 from harness.bench.loops import IOCTL_BENCHMARKS
 from harness.bench.native import executable
+from harness.bench.proxy_loops import PROXY_BENCHMARKS
 from harness.bench.ratios import Comparison, Pair
 from harness.errors import HostLost, NsvmError
 from harness.facts import HostView, kvm_device
+from harness.host.kernels import resolve
 from harness.host.session import Event, Host
 from harness.runner.hosts import HostChoice, make_host
 
 IOCTL_NAMES = tuple(benchmark.name for benchmark in IOCTL_BENCHMARKS)
-NAMES = (*IOCTL_NAMES, *BOOT_BENCHMARKS)
+PROXY_NAMES = tuple(benchmark.name for benchmark in PROXY_BENCHMARKS)
+NAMES = (*IOCTL_NAMES, *PROXY_NAMES, *BOOT_BENCHMARKS)
 
 #: Seconds of a sample in C. Python's takes longer, by what the table is about.
 SAMPLE_S = 0.02
 
-_IOCTL_TARGET = "harness.bench.inside:run_ioctl_benchmarks"
+#: Seconds of a sample through the proxy: a crossing takes milliseconds in the emulated host.
+PROXY_SAMPLE_S = 0.1
 
-#: Of all ioctl benchmarks on one host; a few seconds for each repetition is usual.
+_IOCTL_TARGET = "harness.bench.inside:run_ioctl_benchmarks"
+_PROXY_TARGET = "harness.bench.proxy_loops:run_proxy_benchmarks"
+
+#: Of all benchmarks of one call on one host; a few seconds for each repetition is usual.
 _CALL_BASE_S, _CALL_PER_REPEAT_S = 120.0, 30.0
 
 
@@ -39,7 +48,9 @@ class Wanted:
     names: tuple[str, ...]
     sample_s: float = SAMPLE_S
     count: int | None = None
-    """Rounds of every ioctl sample, instead of as many as `sample_s` allows."""
+    """Rounds of every sample inside a host, instead of as many as the seconds allow."""
+    modules: Path | None = None
+    """Those of `kernel`, if that is the path of an image."""
 
 
 @dataclass
@@ -52,8 +63,8 @@ class Report:
     errors: list[str] = field(default_factory=list)
 
 
-class IoctlRows:
-    """Makes rows of the events of `run_ioctl_benchmarks`."""
+class PairRows:
+    """Makes rows of the events of what runs inside a host: against C, or against each other."""
 
     def __init__(self, host: str, report: Report) -> None:
         self._host = host
@@ -73,13 +84,17 @@ class IoctlRows:
     def _add(self, data: dict[str, Any]) -> None:
         row = self._rows.get(data["name"])
         if row is None:
-            row = Comparison(data["name"], self._host, "C", data["count"])
+            row = Comparison(data["name"], self._host, data.get("against", "C"), data["count"])
+            row.unit, row.note = data.get("unit", ""), data.get("note", "")
             row.details = {"work": {side: _work(data[side]) for side in ("ours", "theirs")}}
             if data["parts"]:
                 row.details["parts"] = data["parts"]
             self._rows[row.name] = row
             self._report.rows.append(row)
-        row.pairs.append(Pair(data["ours"]["seconds"], data["theirs"]["seconds"]))
+        ours, theirs = data["ours"], data["theirs"]
+        # C does as many rounds as Python; activities that take less time do more in a sample.
+        theirs_s = theirs["seconds"] * ours["done"] / theirs["done"]
+        row.pairs.append(Pair(ours["seconds"], theirs_s))
 
     def seen(self) -> set[str]:
         """Return the names that have yielded something."""
@@ -96,7 +111,7 @@ def choose(names: str, hosts: tuple[str, ...]) -> tuple[str, ...]:
     Raises ExpressionError: it cannot be read, or chooses none.
     """
     chosen = matching(NAMES, names)
-    if "emulated" not in hosts and not set(chosen) & set(IOCTL_NAMES):
+    if "emulated" not in hosts and not set(chosen) - set(BOOT_BENCHMARKS):
         raise ExpressionError(f"{', '.join(chosen)}: only on the emulated host")
     return tuple(chosen)
 
@@ -107,23 +122,22 @@ def run(wanted: Wanted, log: Callable[[str], None] = lambda text: None) -> Repor
     Raises HostError: the C counterparts cannot be compiled.
     """
     report = Report()
-    ioctl_names = [name for name in wanted.names if name in IOCTL_NAMES]
-    program = executable("ioctl_loops").read_bytes() if ioctl_names else b""
-    for kind in wanted.hosts:
-        if not ioctl_names:
-            break
-        log(f"{len(ioctl_names)} ioctl benchmarks, {kind} host")
+    calls = _calls(wanted)
+    for kind in wanted.hosts if calls else ():
+        log(f"{sum(len(call.names) for call in calls)} benchmarks, {kind} host")
         with _recorded(report, kind):
             if not _has_kvm(kind, report):
                 continue
-            choice = HostChoice(kind, wanted.kernel if kind == "emulated" else None)
+            emulated = HostChoice("emulated", wanted.kernel, wanted.modules)
+            choice = emulated if kind == "emulated" else HostChoice(kind)
             with make_host(choice, log=log) as host:
-                _run_ioctl(host, ioctl_names, program, wanted, report)
+                _run_inside(host, calls, wanted, report)
     boot_names = [name for name in wanted.names if name in BOOT_BENCHMARKS]
     if "emulated" in wanted.hosts and boot_names:
         log(f"{', '.join(boot_names)}, emulated host")
         with _recorded(report, "emulated"):
-            run_boot_benchmarks(boot_names, wanted.kernel, wanted.repeat, report.rows.extend)
+            find_kernel = partial(resolve, wanted.kernel, wanted.modules)
+            run_boot_benchmarks(boot_names, find_kernel, wanted.repeat, report.rows.extend)
     return report
 
 
@@ -149,35 +163,61 @@ def _has_kvm(kind: str, report: Report) -> bool:
         return True
     fact = kvm_device(HostView())
     if not fact.holds:
-        report.skipped.append({"host": kind, "name": "ioctl benchmarks", "reason": fact.evidence})
+        report.skipped.append({"host": kind, "name": "all that needs KVM", "reason": fact.evidence})
     return fact.holds
 
 
-def _run_ioctl(
-    host: Host, names: list[str], program: bytes, wanted: Wanted, report: Report
-) -> None:
-    """Run the ioctl benchmarks on one host, once more on a fresh one if it hangs silently."""
-    rows = IoctlRows(host.kind, report)
-    try:
-        _call(host, names, program, wanted, rows)
-    except HostLost as e:
-        if not e.silent:
-            raise
-        left = [name for name in names if name not in rows.seen()]
-        if left:
-            _call(host, left, program, wanted, rows)
+@dataclass(frozen=True)
+class _Call:
+    """Benchmarks that run in one go inside a host."""
+
+    what: str
+    target: str
+    names: list[str]
+    arguments: dict[str, Any]
+
+
+def _calls(wanted: Wanted) -> list[_Call]:
+    """Return what has to be called in each host; none of it is without benchmarks."""
+    found = []
+    if names := [name for name in wanted.names if name in IOCTL_NAMES]:
+        program = base64.b64encode(executable("ioctl_loops").read_bytes()).decode()
+        arguments = {"executable": program, "sample_s": wanted.sample_s}
+        found.append(_Call("the ioctl benchmarks", _IOCTL_TARGET, names, arguments))
+    if names := [name for name in wanted.names if name in PROXY_NAMES]:
+        arguments = {"sample_s": PROXY_SAMPLE_S}
+        found.append(_Call("the proxy benchmarks", _PROXY_TARGET, names, arguments))
+    return found
+
+
+def _run_inside(host: Host, calls: list[_Call], wanted: Wanted, report: Report) -> None:
+    """Make all calls on one host; what goes wrong with one costs the others nothing."""
+    for call in calls:
+        with _recorded(report, host.kind):
+            _run_call(host, call, wanted, PairRows(host.kind, report))
     report.hosts.append(host.describe())
 
 
-def _call(host: Host, names: list[str], program: bytes, wanted: Wanted, rows: IoctlRows) -> None:
+def _run_call(host: Host, call: _Call, wanted: Wanted, rows: PairRows) -> None:
+    """Make one call, once more on a fresh host if that hangs silently."""
+    try:
+        _make(call, call.names, host, wanted, rows)
+    except HostLost as e:
+        if not e.silent:
+            raise
+        left = [name for name in call.names if name not in rows.seen()]
+        if left:
+            _make(call, left, host, wanted, rows)
+
+
+def _make(call: _Call, names: list[str], host: Host, wanted: Wanted, rows: PairRows) -> None:
     result = host.start().call(
-        _IOCTL_TARGET,
+        call.target,
         timeout_s=_CALL_BASE_S + _CALL_PER_REPEAT_S * wanted.repeat,
         on_event=rows.take,
-        executable=base64.b64encode(program).decode(),
         names=names,
         repeat=wanted.repeat,
-        sample_s=wanted.sample_s,
         count=wanted.count,
+        **call.arguments,
     )
-    result.unwrap("the ioctl benchmarks")
+    result.unwrap(call.what)

@@ -29,6 +29,8 @@ def as_json(report: Report, seconds: float) -> dict[str, Any]:
 
 def share_text(value: float) -> str:
     """Return a share with the digits that mean something."""
+    if value >= 100:
+        return f"{value:,.0f}"
     return f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
@@ -39,6 +41,12 @@ def time_text(microseconds: float) -> str:
     if microseconds < 1_000_000:
         return f"{microseconds / 1000:.2f} ms"
     return f"{microseconds / 1_000_000:.2f} s"
+
+
+def rate_text(microseconds: float) -> str:
+    """Return how often per second something happens that takes so long."""
+    rate = 1e6 / microseconds
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _spread_text(row: Comparison) -> str:
@@ -72,6 +80,25 @@ def speed_table(host: str, against: str, rows: list[Comparison]) -> Table:
     return found
 
 
+def rate_table(host: str, rows: list[Comparison]) -> Table:
+    """Return a table of rows that each have a counterpart of their own, with rounds per second."""
+    units = " and ".join(dict.fromkeys(row.unit for row in rows))
+    title = f"{host} host: {units} per second, as a share of another rate"
+    found = _new_table(title, ("benchmark", "share", "min..max", "per s", "against", "its per s"))
+    for row in rows:
+        found.add_row(
+            row.name,
+            share_text(row.share),
+            _spread_text(row),
+            rate_text(row.ours_us),
+            row.against,
+            rate_text(row.theirs_us),
+        )
+    found.caption = "\n".join(f"{row.name}: {row.note}" for row in rows if row.note)
+    found.caption_justify = "left"
+    return found
+
+
 def parts_table(host: str, whole: str, rows: list[Comparison]) -> Table:
     """Return a table of where the time of a whole goes."""
     found = _new_table(f"{host} host: shares of {whole}", ("part", "share", "min..max", "time"))
@@ -81,13 +108,27 @@ def parts_table(host: str, whole: str, rows: list[Comparison]) -> Table:
 
 
 def tables(rows: list[Comparison]) -> list[Table]:
-    """Return a table for each host and counterpart, in the order of the rows."""
-    groups: dict[tuple[str, str], list[Comparison]] = {}
+    """Return a table for each host and counterpart, and one of rates, in the order of the rows."""
+    groups: dict[tuple[str, str | None], list[Comparison]] = {}
     for row in rows:
-        groups.setdefault((row.host, row.against), []).append(row)
+        groups.setdefault((row.host, None if row.unit else row.against), []).append(row)
+    return [_table(host, against, group) for (host, against), group in groups.items()]
+
+
+def _table(host: str, against: str | None, rows: list[Comparison]) -> Table:
+    if against is None:
+        return rate_table(host, rows)
+    return (parts_table if rows[0].is_part else speed_table)(host, against, rows)
+
+
+def _skipped_lines(skipped: list[dict[str, str]]) -> list[str]:
+    """Return a line for each host and reason."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for one in skipped:
+        names.setdefault((one["host"], one["reason"]), []).append(one["name"])
     return [
-        (parts_table if group[0].is_part else speed_table)(host, against, group)
-        for (host, against), group in groups.items()
+        f"skipped: {', '.join(found)} on {host}: {reason}"
+        for (host, reason), found in names.items()
     ]
 
 
@@ -98,8 +139,7 @@ def show(report: Report, console: Console) -> None:
         console.print(escape(line), soft_wrap=True)
     for found in tables(report.rows):
         console.print(found)
-    for skipped in report.skipped:
-        line = f"skipped: {skipped['name']} on {skipped['host']}: {skipped['reason']}"
+    for line in _skipped_lines(report.skipped):
         console.print(escape(line), soft_wrap=True)
     for error in report.errors:
         console.print(f"[red]error:[/red] {escape(error)}", soft_wrap=True)

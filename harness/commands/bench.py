@@ -11,7 +11,7 @@ from rich.console import Console
 
 from harness.bench.suite import Wanted, choose, run
 from harness.bench.table import as_json, show
-from harness.commands.options import require_writable, write_json
+from harness.commands.options import host_choice, kernel_options, require_writable, write_json
 from harness.runner.hosts import DEFAULT_KERNEL
 
 _HOSTS = {"local": ("local",), "emulated": ("emulated",), "both": ("local", "emulated")}
@@ -22,13 +22,7 @@ _STATUS_ERROR = 2
 
 @click.command("bench")
 @click.option("--host", type=click.Choice(list(_HOSTS)), default="both", show_default=True)
-@click.option(
-    "--kernel",
-    metavar="SPEC",
-    default=DEFAULT_KERNEL,
-    show_default=True,
-    help="Kernel of the emulated host: a version prefix, 'running', or an image's path.",
-)
+@kernel_options
 @click.option(
     "--repeat",
     type=click.IntRange(1, 1000),
@@ -38,7 +32,14 @@ _STATUS_ERROR = 2
 )
 @click.option("-k", "expression", default="", metavar="EXPR", help="Only benchmarks that match.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
-def command(host: str, kernel: str, repeat: int, expression: str, json_file: Path | None) -> None:
+def command(
+    host: str,
+    kernel: str | None,
+    modules: Path | None,
+    repeat: int,
+    expression: str,
+    json_file: Path | None,
+) -> None:
     """Compare the harness's speed with C's and bare QEMU's, in one run on one machine.
 
     A share of 1 is the counterpart's speed, 0.5 half of it; the spread is the lowest and highest
@@ -49,7 +50,10 @@ def command(host: str, kernel: str, repeat: int, expression: str, json_file: Pat
     started = time.monotonic()
     hosts = _HOSTS[host]
     require_writable(json_file)
-    wanted = Wanted(hosts, kernel, repeat, choose(expression, hosts))
+    chosen = choose(expression, hosts)
+    choice = host_choice("local" if host == "local" else "emulated", kernel, modules)
+    choice.resolved()  # refuses a kernel where there is no emulated host to boot it
+    wanted = Wanted(hosts, choice.kernel or DEFAULT_KERNEL, repeat, chosen, modules=modules)
     report = run(wanted, log=lambda text: click.echo(f"nsvm: {text}", err=True))
     if json_file is not None:
         write_json(json_file, as_json(report, time.monotonic() - started))

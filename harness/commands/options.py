@@ -16,8 +16,8 @@ from harness.runner.hosts import HostChoice
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def host_options(function: F) -> F:
-    """Add --host, --kernel and --modules; the command takes them as host, kernel, modules."""
+def kernel_options(function: F) -> F:
+    """Add --kernel and --modules; the command takes them as kernel, modules."""
     for option in (
         click.option(
             "--modules",
@@ -30,6 +30,15 @@ def host_options(function: F) -> F:
             help="Kernel of the emulated host: a version prefix such as 5.10, 6.1, 6.12 or 7.3;"
             " 'running'; or the path of a bzImage or vmlinux.",
         ),
+    ):
+        function = option(function)
+    return function
+
+
+def host_options(function: F) -> F:
+    """Add --host, --kernel and --modules; the command takes them as host, kernel, modules."""
+    for option in (
+        kernel_options,
         click.option(
             "--host",
             type=click.Choice(["auto", "local", "emulated"]),

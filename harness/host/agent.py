@@ -3,9 +3,9 @@
 It speaks JSON lines over one channel (a virtio-serial port in the emulated host, a pipe on the
 local one). Commands: `hello`, `bundle` (the tree's own code, followed by its bytes), `call`,
 `input` (text for the call's standard input), `interrupt` (SIGINT), `abort` (SIGTERM), `power_off`.
-Every call runs in a forked child, so that a crash, a hang or a leak ends with
-the call. What the child reports, what it prints and what the kernel logs meanwhile leaves the host
-line by line, as it happens: the kernel under test may die at any moment.
+Every call runs in a forked child, so that a crash, a hang or a leak ends with the call. What the
+child reports, what it prints and what the kernel logs meanwhile leaves the host line by line, as it
+happens: the kernel under test may die at any moment.
 
 Standard library only, and nothing of the tree.
 """

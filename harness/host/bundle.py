@@ -31,14 +31,16 @@ CARRIED = (
     "harness/model",
     "harness/probe",
     "harness/scenarios",
+    "harness/shell",
     "harness/inside.py",
     "harness/bench/__init__.py",
     "harness/bench/inside.py",
     "harness/bench/loops.py",
+    "harness/bench/proxy_loops.py",
 )
 
 #: What the agent imports before it forks, so that no call pays for it again.
-PRELOAD = ("harness.inside",)
+PRELOAD = ("harness.inside", "harness.shell.console")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class CallResult:
 
 
 class Session:
-    """One running agent. Not thread-safe, but for `send_input` and its like; one call at a time.
+    """One running agent; one call at a time. Not thread-safe, except where it says so.
 
     `why_dead` looks for the cause when the channel ends or falls silent.
     """
@@ -123,20 +123,35 @@ class Session:
         *,
         timeout_s: float,
         on_event: Callable[[Event], None] = lambda event: None,
-        stdin: bool = False,
         **kwargs: Any,
     ) -> CallResult:
         """Call `module:function` with `kwargs` in the host; return how it ended.
 
-        With `stdin`, the call reads what `send_input` sends; without, its input is empty.
-
         Raises:
             HostLost: the host died meanwhile; what it had said was given to `on_event`.
         """
+        return self._run({"target": target, "kwargs": kwargs, "timeout_s": timeout_s}, on_event)
+
+    def converse(
+        self,
+        target: str,
+        *,
+        timeout_s: float,
+        on_event: Callable[[Event], None] = lambda event: None,
+        **kwargs: Any,
+    ) -> CallResult:
+        """Call a function that reads, from its standard input, what `send_input` sends.
+
+        Raises:
+            HostLost: as `call`.
+        """
+        command = {"target": target, "kwargs": kwargs, "timeout_s": timeout_s, "stdin": True}
+        return self._run(command, on_event)
+
+    def _run(self, command: Event, on_event: Callable[[Event], None]) -> CallResult:
         call_id, self._next_id = self._next_id, self._next_id + 1
-        command = {"op": "call", "id": call_id, "target": target, "kwargs": kwargs,
-                   "timeout_s": timeout_s}  # fmt: skip
-        self._command({**command, "stdin": True} if stdin else command)
+        timeout_s = command["timeout_s"]
+        self._command({"op": "call", "id": call_id, **command})
         result = CallResult("lost")
         # The agent gives up on a child within timeout_s and a little; a host that then still says
         # nothing but heartbeats has a broken agent.
@@ -161,10 +176,10 @@ class Session:
                 break
         raise self._why_dead(f"the call did not end within {timeout_s:.0f} s")
 
-    # These may come from another thread than the one that is in `call`: they only send.
+    # These only send: they may come from another thread than the one that waits for the call.
 
     def send_input(self, text: str) -> None:
-        """Give the running call something to read; see `stdin` of `call`."""
+        """Give the running call something to read; see `converse`."""
         self._command({"op": "input", "text": text})
 
     def interrupt(self) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from harness.machine.guest_abi import DEBUG_EXIT_PORT, SERIAL_PORT
+from kvm_ioctl.records import record
 
 _THR, _IER, _IIR, _LCR, _MCR, _LSR, _MSR = 0, 1, 2, 3, 4, 5, 6
 _LCR_DLAB = 0x80
@@ -93,7 +93,8 @@ class GuestExit:
         return (self.status << 1 | 1) & 0xFF
 
 
-class PortOut(NamedTuple):
+@record
+class PortOut:
     """The guest wrote to a port that no device of the machine owns."""
 
     port: int

@@ -116,7 +116,7 @@ class Instance:
 
     def _write_tables(self) -> None:
         tss = self.gpa + TSS_OFFSET
-        low = TSS_LIMIT | (tss & 0xFF_FFFF) << 16 | 0x89 << 40 | (tss >> 24 & 0xFF) << 56
+        low = TSS_LIMIT | (tss & 0xFF_FFFF) << 16 | 0x8B << 40 | (tss >> 24 & 0xFF) << 56
         gdt = struct.pack(f"<{len(_GDT)}Q", *_GDT) + struct.pack("<QQ", low, tss >> 32)
         assert len(gdt) == GDT_TSS + 16
         gdt += struct.pack("<QQ", *_GDT_16)

@@ -76,6 +76,8 @@ class Level:
         """It has reported at least once."""
         self.entered: GuestLevel | None = None
         """The guest that it is inside VMRUN for."""
+        self.guests: list[GuestLevel] = []
+        """The guests that it launched, in order."""
         self._host_state: Gpa | None = None
         cpu.register(self)
 
@@ -287,6 +289,7 @@ class Level:
         for port in iopm:
             guest.intercept_port(port)
         guest.vmcb.update(vmcb or {})
+        self.guests.append(guest)
         return guest
 
     def machine_address(self, pa: int) -> int | None:
@@ -494,12 +497,21 @@ class GuestLevel(Level):
         self.vmcb["intercept.ioio_prot"] = 1
         self.iopm.intercept(port, size)
 
-    def entry_op(self) -> Op:
-        """Return the operation by which its host runs it."""
+    def entry_op(self, rip_advance: int = 0) -> Op:
+        """Return the operation by which its host runs it, for loops of VMRUN at guest speed too.
+
+        Args:
+            rip_advance: added to the guest's RIP after #VMEXIT.
+
+        """
         merged = self.nesting.merged_vmcb if self.nesting is not None else None
         self.entered_vmcb = self.vmcb.gpa if merged is None else merged
         return ops.enter_guest(
-            self.entered_vmcb, self._gprs_gpa, self.host.host_state_gpa, flags=self.enter_flags
+            self.entered_vmcb,
+            self._gprs_gpa,
+            self.host.host_state_gpa,
+            flags=self.enter_flags,
+            rip_advance=rip_advance,
         )
 
     def enable_svm(self) -> None:

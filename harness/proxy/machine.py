@@ -113,6 +113,16 @@ class ProxyMachine(Machine):
         """The SMI handler of vCPU 0."""
         return self.cpus[0].smm
 
+    def level(self, depth: int, *, npt: bool = True, vcpu: int = 0) -> Level:
+        """Return the level of a depth, 1 for L1; those that are missing are launched.
+
+        Raises GuestFault: a level has no SVM.
+        """
+        level = self.cpus[vcpu].l1
+        while level.depth < depth:
+            level = level.guests[0] if level.guests else level.launch(npt=npt)
+        return level
+
     def inject_smi(self, vcpu: int = 0) -> SmmLevel:
         """Send an SMI and run the vCPU until its handler is entered; return that."""
         return self.cpus[vcpu].inject_smi()

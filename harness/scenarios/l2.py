@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from harness.proxy.level import Level
 from harness.proxy.machine import ProxyMachine
 from harness.proxy.program import Fault, vector_name
 from harness.proxy.vmexit import VmExit
 from harness.scenarios.context import Context
 from harness.svm.exit_codes import describe
+from kvm_ioctl.asm_kvm import NestedStateFlags
 
 TIMEOUT_S: Final = 10.0
 """How long one program may run; a vCPU that takes longer hangs."""
@@ -44,3 +46,9 @@ def expect_fault(
 def expect_exit(context: Context, exit_: VmExit, exit_code: int, what: str = "exit code") -> None:
     """Fail the scenario unless a #VMEXIT has this code, all 64 bits of it."""
     context.expect(what, exit_.exit_code, exit_code, describe)
+
+
+def gif_of(level: Level) -> bool:
+    """Return the GIF of the vCPU that a level is on, as KVM_GET_NESTED_STATE has it."""
+    flags = level.cpu.runner.vcpu.get_nested_state().flags
+    return bool(flags & NestedStateFlags.KVM_STATE_NESTED_GIF_SET)

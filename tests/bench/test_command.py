@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -38,11 +39,31 @@ def test_by_default_all_of_it_runs_on_both_hosts(invoke):
 
 def test_options_arrive(invoke):
     result, [wanted] = invoke(
-        *["--host", "local", "--kernel", "6.12", "--repeat", "2"], "-k", "get_ and regs"
+        *["--host", "emulated", "--kernel", "6.12", "--repeat", "2"], "-k", "get_ and regs"
     )
     assert result.exit_code == 0
-    assert (wanted.hosts, wanted.kernel, wanted.repeat) == (("local",), "6.12", 2)
+    assert (wanted.hosts, wanted.kernel, wanted.repeat) == (("emulated",), "6.12", 2)
     assert wanted.names == ("get_regs", "get_sregs")
+
+
+def test_an_image_of_ones_own_comes_with_its_modules(invoke):
+    result, [wanted] = invoke("--kernel", "/boot/bzImage", "--modules", "/lib/modules/6.99")
+    assert result.exit_code == 0
+    assert (wanted.kernel, wanted.modules) == ("/boot/bzImage", Path("/lib/modules/6.99"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--modules", "/lib/modules/6.99"], "--modules goes with --kernel PATH"),
+        (["--host", "local", "--kernel", "6.12"], "it cannot go with local"),
+    ],
+)
+def test_options_that_do_not_go_together_are_an_error_before_anything_runs(invoke, arguments, why):
+    result, wanted = invoke(*arguments)
+    assert result.exit_code != 0
+    assert why in result.output + str(result.exception)
+    assert wanted == []
 
 
 def test_json_goes_to_a_file_or_alone_to_stdout(invoke, tmp_path):

@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import pytest
 
 from harness.bench import suite
 from harness.bench.ratios import Comparison, Pair
-from harness.bench.suite import IOCTL_NAMES, IoctlRows, Report, Wanted, run
+from harness.bench.suite import IOCTL_NAMES, PairRows, Report, Wanted, run
 from harness.errors import HarnessError, HostError, HostLost
 from harness.host.session import CallResult
+from harness.runner.hosts import HostChoice
 
 
 def pair(name, ours_s=0.2, theirs_s=0.1, parts=()):
@@ -21,7 +24,7 @@ def pair(name, ours_s=0.2, theirs_s=0.1, parts=()):
 
 def test_events_become_rows_in_order():
     report = Report()
-    rows = IoctlRows("local", report)
+    rows = PairRows("local", report)
     rows.take({"event": "begin", "pid": 1})
     for event in (pair("b", 0.4), pair("a"), pair("b", 0.2, parts=["regs"])):
         rows.take(event)
@@ -78,9 +81,14 @@ def run_on(monkeypatch, tmp_path):
     monkeypatch.setattr(suite, "executable", lambda name: program)
 
     def start(host, wanted=WANTED):
-        monkeypatch.setattr(suite, "make_host", lambda choice, log: host)
+        def make_host(choice, log):
+            start.choices.append(choice)
+            return host
+
+        monkeypatch.setattr(suite, "make_host", make_host)
         return run(wanted)
 
+    start.choices = []
     return start
 
 
@@ -135,6 +143,17 @@ def test_a_kvm_that_may_not_be_used_is_an_error_and_the_other_host_goes_on(run_o
     report = run_on(host, Wanted(("local", "emulated"), "6.1", 1, ("api_version",)))
     assert report.errors == ["local host: /dev/kvm: Permission denied"]
     assert [(row.host, row.name) for row in report.rows] == [("emulated", "api_version")]
+
+
+def test_a_kernel_of_ones_own_is_booted_with_its_modules(run_on, monkeypatch):
+    image, modules = "/boot/bzImage", Path("/lib/modules/6.99")
+    resolved = []
+    monkeypatch.setattr(suite, "resolve", lambda *what: resolved.append(what))
+    monkeypatch.setattr(suite, "run_boot_benchmarks", lambda names, find_kernel, *_: find_kernel())
+    wanted = Wanted(("emulated",), image, 1, ("api_version", "start_warm"), modules=modules)
+    run_on(FakeHost(([pair("api_version")], RETURNED)), wanted)
+    assert run_on.choices == [HostChoice("emulated", image, modules)]
+    assert resolved == [(image, modules)]
 
 
 def test_a_fault_of_the_harness_keeps_what_was_measured(run_on, monkeypatch):

@@ -3,11 +3,15 @@
 import pytest
 from nsvm_process import Nsvm, load_json
 
+from harness.host.bundle import tree_root
+
 pytestmark = pytest.mark.emulated
+
+SCENARIOS = sorted(tree_root().glob("harness/scenarios/test_allocation*.py"))
 
 
 def test_every_scenario_passes(kernel, tmp_path):
-    with Nsvm("run", "--kernel", kernel, results=tmp_path / "results") as run:
+    with Nsvm("run", "--kernel", kernel, *SCENARIOS, results=tmp_path / "results") as run:
         status, output = run.end()
         ends = run.ends()
     others = {case: end["reason"] for case, end in ends.items() if end["verdict"] != "PASS"}

@@ -104,6 +104,10 @@ def state(emit):
     return agent_state.calls
 
 
+def importer(emit):
+    return agent_state.imported_by
+
+
 def log(emit, text):
     with open("/dev/kmsg", "w") as kmsg:
         # Without the end of the line, the kernel keeps the record open and readers do not see it.

@@ -270,9 +270,11 @@ def test_a_call_cannot_read_the_channel(shared_agent):
     assert shared_agent.end_of("read_input", timeout_s=5)[-1]["value"] == ""
 
 
-def test_preloaded_modules_are_there_for_every_call(agent, tmp_path):
+def test_preloaded_modules_are_imported_once_and_before_any_call(agent):
     agent.send("preload", modules=["agent_targets"])
     agent.until("preloaded")
+    for _ in range(2):
+        assert agent.end_of("importer")[-1]["value"] == agent.process.pid
     assert agent.end_of("state")[-1]["value"] == 1
 
 

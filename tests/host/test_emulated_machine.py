@@ -1,7 +1,6 @@
 """The emulated host itself: cold and warm, with changed code, and after a call was broken off."""
 
 import shutil
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,13 +37,10 @@ def test_a_warm_start_gives_the_machine_that_was_booted_cold(kernel, private_cac
         before = states(private_cache)
     assert set(before) == {"base", "ready"}
     for _ in range(2):
-        begin = time.monotonic()
         with started(kernel.kernel) as (host, session):
             assert host.started_warm
             assert session.hello() == cold
             assert session.call(PING, timeout_s=60).outcome == "return"
-        # Generous: it is a fifth of a second. A cold boot that passes for warm takes longer.
-        assert time.monotonic() - begin < 60
     assert states(private_cache) == before
     assert cold["release"] == kernel.kernel.release
     assert cold["params"]["kvm_amd.nested"] == "1"

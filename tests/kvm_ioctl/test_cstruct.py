@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import gc
 
 import pytest
@@ -7,14 +8,18 @@ import pytest
 from kvm_ioctl.asm_kvm import (
     kvm_cpuid2,
     kvm_cpuid_entry2,
+    kvm_msr_entry,
     kvm_msr_list,
     kvm_msrs,
     kvm_nested_state,
     kvm_regs,
     kvm_sregs,
+    kvm_xcr,
     kvm_xsave,
 )
 from kvm_ioctl.asm_kvm_coco import kvm_tdx_init_vm
+from kvm_ioctl.cstruct import CStruct, field_names, packed_format
+from kvm_ioctl.kvm_run import _kvm_run_u_io
 from kvm_ioctl.linux_kvm import kvm_dirty_log, kvm_signal_mask
 
 
@@ -142,3 +147,16 @@ def test_repr_shows_what_is_set_and_summarizes_the_long() -> None:
     xsave = kvm_xsave()
     xsave.region[0] = 0x37F
     assert repr(xsave) == "kvm_xsave(region=<1024 entries, 1 not zero>)"
+
+
+@pytest.mark.parametrize("kind", [kvm_regs, kvm_msr_entry, kvm_xcr, _kvm_run_u_io])
+def test_packed_format_reads_every_field_as_ctypes_does(kind: type[CStruct]) -> None:
+    data = bytes(range(1, ctypes.sizeof(kind) + 1))
+    struct = kind.from_bytes(data)
+    by_ctypes = [getattr(struct, name) for name in field_names(kind)]
+    assert list(packed_format(kind).unpack_from(data)) == by_ctypes
+
+
+def test_packed_format_is_for_integers_only() -> None:
+    with pytest.raises(TypeError, match=r"kvm_sregs\.cs is no integer"):
+        packed_format(kvm_sregs)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 
+from kvm_ioctl import request
 from kvm_ioctl.asm_kvm import kvm_regs
 from kvm_ioctl.request import IO, IOR, IOW, IOWR, ClosedError, KvmError, MsrRefused, VcpuFd, ioc
 from kvm_ioctl.requests import VcpuRequests
@@ -14,6 +15,7 @@ from kvm_ioctl.requests import VcpuRequests
 
 class Requests:
     NOTHING = IO(VcpuFd, 0x80)
+    IMMEDIATE = IO(VcpuFd, 0x84, int)
     READ = IOR(VcpuFd, 0x81, kvm_regs)
     WRITE = IOW(VcpuFd, 0x82, kvm_regs)
     BOTH = IOWR(VcpuFd, 0x83, kvm_regs)
@@ -77,6 +79,23 @@ def test_call_raises_and_try_call_returns_the_errno(no_kvm: VcpuFd) -> None:
         assert other.try_call(VcpuRequests.KVM_GET_REGS, kvm_regs()) == errno.ENOTTY
 
 
+@pytest.mark.parametrize(
+    ("payload", "arrives"),
+    [(None, 0), (5, 5), (0x7FFFFFFF, 0x7FFFFFFF), (0xFFFBD000, 0xFFFBD000), (-1, (1 << 64) - 1)],
+)
+def test_immediates_arrive_in_the_whole_register(
+    monkeypatch: pytest.MonkeyPatch, payload: int | None, arrives: int
+) -> None:
+    """What a C function with the arguments of ioctl(2) gets to see of one."""
+    seen: list[tuple[int, int, int]] = []
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_ulong)
+    callee = kind(lambda *arguments: seen.append(arguments) or len(seen))
+    address = ctypes.cast(callee, ctypes.c_void_p).value
+    monkeypatch.setattr(request, "_libc_ioctl", ctypes.CFUNCTYPE(ctypes.c_int)(address))
+    assert Requests.IMMEDIATE.raw(7, payload) == 1
+    assert seen == [(7, 0xAE84, arrives)]
+
+
 def test_close_is_idempotent_and_use_after_it_is_one_clear_error(no_kvm: VcpuFd) -> None:
     fd = no_kvm.fileno()
     no_kvm.close()
@@ -84,8 +103,9 @@ def test_close_is_idempotent_and_use_after_it_is_one_clear_error(no_kvm: VcpuFd)
         os.fstat(fd)
     no_kvm.close()
     assert no_kvm.closed
-    with pytest.raises(ClosedError, match="this vcpu fd is closed"):
-        no_kvm.call(VcpuRequests.KVM_NMI)
+    for use in (no_kvm.call, no_kvm.try_call):
+        with pytest.raises(ClosedError, match="this vcpu fd is closed"):
+            use(VcpuRequests.KVM_NMI)
 
 
 def test_forgotten_fd_warns_and_is_closed() -> None:

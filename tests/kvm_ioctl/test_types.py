@@ -1,4 +1,4 @@
-"""Mistakes with requests are type errors; mypy is asked about each."""
+"""Mistakes with requests and exits are type errors; mypy is asked about each."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ TIMEOUT_S = 180
 
 PROGRAM = """\
 from kvm_ioctl.asm_kvm import kvm_regs, kvm_sregs
+from kvm_ioctl.exits import IoExit, RdmsrExit
 from kvm_ioctl.handles import Vcpu, Vm
 
 def use(vm: Vm, vcpu: Vcpu) -> None:
@@ -31,6 +32,12 @@ def use(vm: Vm, vcpu: Vcpu) -> None:
     vcpu.call(Vcpu.KVM_NMI, regs)  # wrong
     vcpu.set_regs(kvm_sregs())  # wrong
     sregs: kvm_sregs = vcpu.get_regs()  # wrong
+
+def look_at(io: IoExit, msr: RdmsrExit) -> None:
+    port: int = io.port  # right
+    io.port = 5  # wrong
+    msr.index = 5  # wrong
+    IoExit(io.direction, 1, 2, 3)  # wrong
 """
 
 

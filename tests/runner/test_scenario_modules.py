@@ -1,5 +1,7 @@
 """Files with scenarios, as users write and name them."""
 
+import sys
+
 import pytest
 
 GOOD = "from harness.scenarios import scenario\n@scenario()\ndef test_mine(context):\n    'A.'\n"
@@ -33,8 +35,10 @@ def test_one_without_scenarios_is_nothing_ran(run):
 
 @pytest.mark.parametrize("name", ["bisect.py", "json.py", "conftest_.py", "with space-and.dash.py"])
 def test_one_may_have_any_name(run, name):
-    """Also that of a module that is loaded already."""
+    """Also that of a module that is loaded already, which stays what it is."""
+    loaded = dict(sys.modules)
     assert run(name=name, one="pass").verdicts == {"one": "PASS"}
+    assert [n for n, module in loaded.items() if sys.modules.get(n) is not module] == []
 
 
 def test_one_may_be_changed_and_run_again(run):

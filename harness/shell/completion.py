@@ -1,0 +1,55 @@
+"""Completions for the prompt: names, attributes, and the fields of a VMCB within quotes."""
+
+from __future__ import annotations
+
+import re
+import rlcompleter
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Final
+
+from harness.svm.intercepts import Intercept
+from harness.svm.vmcb import vmcb_control_area, vmcb_save_area, vmcb_seg
+
+_IN_VMCB: Final = re.compile(
+    r"""(?:\bvmcb\[|vmcb=\{(?:[^{}]*,)?\s*|\bvmcb\.update\(\{.*)["'][\w.]*$"""
+)
+
+_MOST: Final = 200
+
+
+def complete(names: dict[str, Any], text: str, line: str) -> list[str]:
+    """Return what `text`, the end of `line`, may be completed to; sorted.
+
+    Args:
+        names: what is known by name.
+        text: the word before the cursor.
+        line: all before the cursor.
+
+    """
+    if _IN_VMCB.search(line):
+        return sorted(name for name in vmcb_names() if name.startswith(text))
+    completer = rlcompleter.Completer(names)
+    return sorted(set(_all_matches(completer, text)))
+
+
+def _all_matches(completer: rlcompleter.Completer, text: str) -> Iterator[str]:
+    for state in range(_MOST):
+        # Not for an empty word: that is a tab, at the beginning of a line.
+        found = completer.complete(text, state) if text else None
+        if found is None:
+            return
+        yield found
+
+
+@cache
+def vmcb_names() -> tuple[str, ...]:
+    """Return the short names of a VMCB's fields as `VmcbView` takes them, segments in parts."""
+    names = [f"intercept.{bit.name.removeprefix('INTERCEPT_').lower()}" for bit in Intercept]
+    for area in (vmcb_control_area, vmcb_save_area):
+        for entry in area._fields_:
+            if entry[0].startswith("reserved") or entry[0] in ("intercepts", "insn_bytes"):
+                continue
+            parts = [part[0] for part in vmcb_seg._fields_] if entry[1] is vmcb_seg else []
+            names += [f"{entry[0]}.{part}" for part in parts] or [entry[0]]
+    return tuple(names)

@@ -1,6 +1,12 @@
 /* The proxy: entry, code of the instructions, calls that survive exceptions, traps. */
 #include "proxy.h"
 
+#define MULTIBOOT_MAGIC	0x1badb002
+
+	.section .multiboot, "a"
+	.balign	4
+	.long	MULTIBOOT_MAGIC, 0, -MULTIBOOT_MAGIC
+
 	.text
 	.code64
 	.globl	entry64, entry32
@@ -9,7 +15,8 @@ entry64:			/* %rdi: the instance; stack and tables are set */
 	xorl	%ebp, %ebp
 	call	proxy_main
 
-entry32:			/* nobody enters a proxy without its instance */
+entry32:			/* a boot loader has no instance for a proxy */
+	cli
 	hlt
 	jmp	entry32
 

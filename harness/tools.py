@@ -23,7 +23,8 @@ from harness.facts import Fact
 from harness.host.apt_sources import DEBIAN_KEYRING
 from harness.host.cache import cache_dir
 from harness.host.debian_kernels import cached_kernels
-from harness.host.emulated import CPU, QEMU, Hardware, qemu_version
+from harness.host.emulated import CPU, Hardware
+from harness.host.qemu import QEMU, qemu_version
 from harness.setup_machine import OLDEST, install_command, is_there, package_of
 
 #: One kernel unpacked, its ELF image, two initrds, the userland, package lists and warm states.

@@ -7,8 +7,8 @@ import pytest
 
 from harness.errors import NsvmError
 from harness.host.cache import cache_dir
-from harness.host.emulated import QEMU
 from harness.host.kernels import resolve
+from harness.host.qemu import QEMU
 
 #: What the emulated tests run on: versions as `nsvm --kernel` takes them.
 KERNELS = os.environ.get("NSVM_TEST_KERNELS", "5.10,7.3").split(",")

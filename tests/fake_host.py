@@ -4,7 +4,7 @@ from pathlib import Path
 
 from harness.errors import HostError
 from harness.facts import HostView
-from harness.host.emulated import QEMU
+from harness.host.qemu import QEMU
 from kvm_ioctl.capabilities import Cap
 
 

@@ -9,7 +9,7 @@ import time
 import psutil
 
 from harness.host.bundle import tree_root
-from harness.host.emulated import QEMU
+from harness.host.qemu import QEMU
 from harness.report.results import read_results
 
 #: Boots and runs under TCG, perhaps beside other work: only a hang takes so long.

@@ -17,7 +17,7 @@ from harness.doctor import collect, collect_inside, conclude_emulated, conclude_
 from harness.errors import HostError
 from harness.facts import Answer, Fact, ask
 from harness.host.apt_sources import DEBIAN_KEYRING
-from harness.host.emulated import QEMU
+from harness.host.qemu import QEMU
 from harness.runner.hosts import HostChoice, make_host
 from harness.setup_machine import NEEDS
 

@@ -32,7 +32,7 @@ BATCH: Final = 1000
 VMRUN_BATCH: Final = {1: 100, 2: 5}
 """VMRUNs in a program, by the depth of the level that executes them."""
 
-EMULATED_SVM_NOTE: Final = "each through Python, which emulates SVM for L2"
+EMULATED_SVM_NOTE: Final = "each is two exits to Python, which emulates SVM for L2"
 
 _COUNTING_GUEST = bytes.fromhex("48ffc3 0f01d9 ebf8")
 """inc %rbx; vmmcall; jmp back. The host moves RIP past the VMMCALL."""

@@ -43,7 +43,8 @@ def command(
     """Compare the harness's speed with C's and bare QEMU's, in one run on one machine.
 
     A share of 1 is the counterpart's speed, 0.5 half of it; the spread is the lowest and highest
-    repetition's. Times depend on the machine and its load and are there for orientation only.
+    repetition's. Rates through the proxies are shares of each other, from the guests' own counters.
+    Times depend on the machine and its load and are there for orientation only.
 
     Exit status: 0 all was measured or skipped, 2 something could not be measured.
     """

@@ -62,7 +62,8 @@ def command(
     statement that raises: echo 'l1.cpuid(0x8000000a)' | nsvm shell
 
     Exit status: that of exit(), else 0; from a pipe 1 if a statement raised. 1, too, if the host's
-    kernel complained (WARN, oops, taint). 2: no host, or it was lost. 130: interrupted.
+    kernel complained (WARN, oops, taint). 2: no host, or it was lost. 130: interrupted, by ^C or
+    the timeout.
     """
     choice = host_choice(host, kernel, modules)
     piped = None if sys.stdin.isatty() else _read_all()

@@ -45,6 +45,7 @@ class Conversation:
         self._events: queue.SimpleQueue[Event | CallResult | NsvmError] = queue.SimpleQueue()
         self._number = 0
         self._interrupts = 0
+        self._over = False
         self._previous: Any = None
         self._thread = threading.Thread(target=self._call, name="conversation", daemon=True)
         self.result: CallResult | None = None
@@ -106,7 +107,8 @@ class Conversation:
     def look(self) -> None:
         """Hand on what has come unasked: the kernel's log, or the end of the host."""
         while not self._events.empty():
-            self._handle(self._events.get())
+            if (event := self._next(0)) is not None:
+                self._handle(event)
 
     def _call(self) -> None:
         try:
@@ -141,9 +143,13 @@ class Conversation:
 
     def _next(self, timeout_s: float) -> Event | CallResult | NsvmError | None:
         try:
-            return self._events.get(timeout=timeout_s)
+            event = self._events.get(timeout=timeout_s)
         except queue.Empty:
             return None
+        self._over = not isinstance(event, dict)
+        if isinstance(event, CallResult):
+            self.result = event
+        return event
 
     def _handle(
         self, event: Event | CallResult | NsvmError, kind: str = "", number: int | None = None
@@ -152,7 +158,6 @@ class Conversation:
         if isinstance(event, NsvmError):
             raise event
         if isinstance(event, CallResult):
-            self.result = event
             event.unwrap("the prompt ended")
             raise HostError("the prompt ended")
         if event["event"] == "emit" and event["kind"] in ("answer", "ready"):
@@ -165,14 +170,13 @@ class Conversation:
 
     def _end(self) -> None:
         """Let the call clean up and end; one that does not ends with its host."""
-        until = time.monotonic() + _END_S
         try:
-            self._session.abort()
-            while self.result is None and self._thread.is_alive() and time.monotonic() < until:
+            if not self._over:
+                self._session.abort()
+            until = time.monotonic() + _END_S
+            while not self._over and time.monotonic() < until:
                 event = self._next(_LOOK_S)
-                if isinstance(event, CallResult):
-                    self.result = event
-                elif isinstance(event, dict) and event["event"] != "emit":
+                if isinstance(event, dict) and event["event"] != "emit":
                     self._on_event(event)
         except NsvmError:
             # The host has gone; whoever asked last was told.

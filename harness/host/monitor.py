@@ -54,15 +54,17 @@ class Monitor:
         return self._wait(self._client.execute(name, arguments), name)
 
     def save_machine(self, path: Path) -> None:
-        """Write the running machine's whole state to `path`, and let the machine go on.
+        """Write the machine's whole state to `path`, and let the machine go on.
 
-        It is not stopped first: a state saved from a stopped machine starts stopped.
+        It is stopped meanwhile: under TCG, what a running machine writes during the copy may be
+        missed, and machines started from that state hang.
 
         Raises:
             OSError: QEMU could not write it.
             HostError: QEMU refuses, or it took too long.
         """
         self.command("migrate-set-parameters", **{"max-bandwidth": 1 << 34})
+        self.command("stop")
         self.command("migrate", uri=f"exec:cat > {shell_quoted(path)}")
         deadline = time.monotonic() + _SAVE_S
         while (status := self.command("query-migrate")["status"]) not in ("completed", "failed"):

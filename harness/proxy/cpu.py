@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from harness.errors import ScenarioFailure
 from harness.machine.console import PortOut
 from harness.machine.errors import MachineError
 from harness.machine.hang import VcpuTimeout
@@ -131,6 +130,3 @@ class Cpu:
 
 class ProxyTimeout(ProxyFailure):
     """Nothing was reported in time."""
-
-
-__all__ = ["Cpu", "ProxyTimeout", "ScenarioFailure"]

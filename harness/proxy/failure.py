@@ -11,6 +11,7 @@ from harness.proxy.program import Fault
 
 if TYPE_CHECKING:
     from harness.proxy.cpu import Cpu
+    from harness.proxy.level import Level
 
 _SHOWN_OPS = 6
 
@@ -47,9 +48,9 @@ def describe(cpu: Cpu) -> str:
     return "\n".join(lines)
 
 
-def last_operations(level: object) -> str:
+def last_operations(level: Level) -> str:
     """Return the operation that a level is at, and those before it."""
-    instance = level.instance  # type: ignore[attr-defined]
+    instance = level.instance
     if not instance.sent:
         return "has run no program"
     if instance.idle:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +13,8 @@ from harness.machine.memory import GuestMemory
 from harness.proxy.layout import (
     CODE_OFFSET,
     CODE_SIZE,
-    GDT_TSS,
     IDT_OFFSET,
     INSTANCE_MAGIC,
-    INSTANCE_SIZE,
     NMI_STACK_TOP,
     OPS_PER_PAGE,
     PROGRAM_OFFSET,
@@ -118,7 +115,6 @@ class Instance:
         tss = self.gpa + TSS_OFFSET
         low = TSS_LIMIT | (tss & 0xFF_FFFF) << 16 | 0x8B << 40 | (tss >> 24 & 0xFF) << 56
         gdt = struct.pack(f"<{len(_GDT)}Q", *_GDT) + struct.pack("<QQ", low, tss >> 32)
-        assert len(gdt) == GDT_TSS + 16
         gdt += struct.pack("<QQ", *_GDT_16)
         self._write(TABLES_OFFSET, gdt)
         ring0, ist1, ist2 = (self.gpa + top for top in (STACK_TOP, TRAP_STACK_TOP, NMI_STACK_TOP))
@@ -269,6 +265,3 @@ class Instance:
 
     def _write(self, offset: int, data: bytes) -> None:
         self.memory.write(Gpa(self.gpa + offset), data, self.as_id)
-
-
-assert ctypes.sizeof(proxy_instance) < INSTANCE_SIZE

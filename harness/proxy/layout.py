@@ -7,7 +7,6 @@ generated from here.
 
 from __future__ import annotations
 
-import ctypes
 from enum import IntEnum
 from typing import Final
 
@@ -191,6 +190,3 @@ def header_constants() -> dict[str, int]:
     for field in field_names(proxy_gprs):
         numbers[f"GPRS_{field.upper()}"] = getattr(proxy_gprs, field).offset
     return numbers
-
-
-assert ctypes.sizeof(proxy_instance) <= IDT_OFFSET, "the header of an instance is one page"

@@ -14,6 +14,7 @@ from harness.proxy.layout import (
     GDT_DS,
     GDT_TSS,
     INSTANCE_SIZE,
+    VMCB_REGISTERS,
     proxy_gprs,
 )
 from harness.proxy.ops import EnterFlag, Op, Policy
@@ -337,6 +338,16 @@ class GuestLevel(Level):
         self._leaving = False
         self._write_vmcb()
 
+    @property
+    def nested_tables(self) -> PageTables:
+        """Its nested page tables.
+
+        Raises ProxyError: it runs with shadow paging.
+        """
+        if self.npt is None:
+            raise ProxyError(f"{self.name} was launched without nested paging")
+        return self.npt
+
     # Running
 
     def go_on(self, timeout_s: float | None = None) -> list[Result] | VmExit:
@@ -454,7 +465,7 @@ class GuestLevel(Level):
         """
         gprs = self.gprs
         for name, value in registers.items():
-            if name in ("rax", "rsp") or not hasattr(gprs, name):
+            if name in VMCB_REGISTERS or not hasattr(gprs, name):
                 raise ProxyError(f"{name}: set it in the VMCB")
             setattr(gprs, name, value)
         self.cpu.machine.memory.write_struct(self._gprs_gpa, gprs)

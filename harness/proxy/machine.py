@@ -7,6 +7,7 @@ from typing import Final, Self, TypeVar
 
 from harness.machine.addresses import Gpa
 from harness.machine.cpuid import CpuidPolicy, find_leaf
+from harness.machine.errors import MachineError
 from harness.machine.images import load_image
 from harness.machine.loader import Image
 from harness.machine.machine import Machine
@@ -172,8 +173,14 @@ class ProxyMachine(Machine):
     @property
     def entry(self) -> int:
         """Where a proxy is entered."""
-        assert self.image is not None
-        return int(self.image.entry)
+        return int(self.proxy_image.entry)
+
+    @property
+    def proxy_image(self) -> Image:
+        """The image that all levels share."""
+        if self.image is None:
+            raise MachineError("a machine of proxies has their image")
+        return self.image
 
     def __enter__(self) -> Self:
         return self

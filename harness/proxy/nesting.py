@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from harness.machine.addresses import Gpa
 from harness.machine.errors import GuestMemoryError
+from harness.proxy.failure import ProxyError
 from harness.proxy.paging import PAGE
 from harness.proxy.permissions import Iopm, Msrpm, msrpm_bit
 from harness.proxy.program import GP, UD
@@ -371,7 +372,8 @@ class Nesting:
     # Small change
 
     def _inner(self) -> VmcbView:
-        assert self.inner_pa is not None
+        if self.inner_pa is None:
+            raise ProxyError(f"{self.guest.name} is not inside VMRUN")
         return VmcbView(self._memory, self._machine(self.inner_pa))
 
     def _operand(self) -> VmcbView | None:

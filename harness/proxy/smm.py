@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Final
 from harness.machine.addresses import Gpa
 from harness.machine.memory import SMRAM_AS_ID
 from harness.proxy.failure import ProxyError, ProxyFailure, describe
-from harness.proxy.layout import INSTANCE_SIZE, SMM_ENTRY, TABLES_OFFSET, Report
+from harness.proxy.layout import INSTANCE_SIZE, SMM_ENTRY, TABLES_OFFSET
 from harness.proxy.level import Level
 from harness.proxy.program import simple
 from harness.svm.msrs import Msr
 from harness.svm.smram import (
     DEFAULT_SMBASE,
-    SMM_ENTRY_OFFSET,
     SMM_REVISION_64,
     SMRAM_STATE_OFFSET,
     kvm_smram_state_32,
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 SMI_COMMAND_PORT: Final = 0xB2
 """A write here raises an SMI, as on a PC's chipset."""
-
-assert SMM_ENTRY == SMM_ENTRY_OFFSET
 
 _REVISION_OFFSET = 0xFEFC
 
@@ -117,8 +114,7 @@ class SmmLevel(Level):
     def _write_entry(self) -> None:
         """Copy the start code to where the SMI enters, and fill in its addresses."""
         machine = self.cpu.machine
-        assert machine.image is not None
-        symbol = machine.image.symbol
+        symbol = machine.proxy_image.symbol
         start, end = symbol("smm_start"), symbol("smm_end")
         code = bytearray(machine.memory.read(start, end - start))
         entry = self.smbase + SMM_ENTRY
@@ -129,6 +125,3 @@ class SmmLevel(Level):
         }.items():
             struct.pack_into("<I", code, symbol(name) - start, value)
         machine.memory.write(Gpa(entry), bytes(code), SMRAM_AS_ID)
-
-
-__all__ = ["SMI_COMMAND_PORT", "Report", "SmmLevel"]

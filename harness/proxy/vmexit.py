@@ -9,7 +9,6 @@ from harness.proxy.failure import ProxyFailure
 from harness.proxy.layout import proxy_gprs
 from harness.proxy.program import Result
 from harness.proxy.vmcb_view import VmcbView
-from harness.svm.bits import Bits
 from harness.svm.exit_codes import ExitCode, describe
 from harness.svm.vmcb import EventInj
 
@@ -46,10 +45,6 @@ INSTRUCTION_LENGTHS: Final = {
     ExitCode.SVM_EXIT_RDPRU: 3,
 }
 """Bytes of the instruction that exits so, without prefixes, where there is only one length."""
-
-
-class IoInfo(Bits):
-    """exit_info_1 of an IOIO exit (APM vol. 2, 15.10.2 IN and OUT Behavior)."""
 
 
 @dataclass(frozen=True)

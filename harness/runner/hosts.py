@@ -45,6 +45,7 @@ def make_host(
     log: Callable[[str], None] = lambda text: None,
     *,
     warm: bool = True,
+    keep_spare: bool = False,
 ) -> Host:
     """Return the chosen host, not started yet.
 
@@ -60,7 +61,7 @@ def make_host(
     from harness.host.kernels import resolve
 
     kernel = resolve(choice.kernel or DEFAULT_KERNEL, choice.modules)
-    return EmulatedHost(kernel, params, warm=warm, log=log)
+    return EmulatedHost(kernel, params, warm=warm, keep_spare=keep_spare, log=log)
 
 
 class HostPool:
@@ -97,7 +98,7 @@ class HostPool:
         """Return the host for these module parameters, started or not."""
         key = tuple(sorted(params.items()))
         if key not in self._hosts:
-            self._hosts[key] = make_host(self._choice, params, self._log)
+            self._hosts[key] = make_host(self._choice, params, self._log, keep_spare=self._fresh)
         return self._hosts[key]
 
     def has(self, params: Mapping[str, str]) -> bool:

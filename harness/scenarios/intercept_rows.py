@@ -48,6 +48,10 @@ class Row:
     registers: Mapping[str, int] = field(default_factory=dict)
     fault: int | None = None
     """The exception that it raises when it is not intercepted."""
+    as_in_l1: bool = False
+    """Not intercepted it does what it does in L1: some CPUs have it, others raise an exception."""
+    skinit: bool = False
+    """It exists only where CPUID Fn8000_0001_ECX[SKINIT] is set; elsewhere #UD goes first."""
     pops: int = 0
     """What the host adds to RSP when it skips the instruction, in bytes."""
     vmcb: Mapping[str, int] = field(default_factory=dict)
@@ -88,6 +92,8 @@ def _row(
     length: int | None = None,
     fault: int | None = None,
     pops: int = 0,
+    as_in_l1: bool = False,
+    skinit: bool = False,
     vmcb: Mapping[str, int] | None = None,
     **registers: int,
 ) -> Row:
@@ -104,6 +110,8 @@ def _row(
         registers=registers,
         fault=fault,
         pops=pops,
+        as_in_l1=as_in_l1,
+        skinit=skinit,
         vmcb=vmcb or {},
     )
 
@@ -132,7 +140,7 @@ def _instructions() -> Iterator[Row]:
     yield _row("LLDT", bit.INTERCEPT_LOAD_LDTR, code.SVM_EXIT_LDTR_WRITE)
     yield _row("LTR", bit.INTERCEPT_LOAD_TR, code.SVM_EXIT_TR_WRITE, rax=GDT_TSS)
     yield _row("RDTSC", bit.INTERCEPT_RDTSC, code.SVM_EXIT_RDTSC)
-    yield _row("RDPMC", bit.INTERCEPT_RDPMC, code.SVM_EXIT_RDPMC)
+    yield _row("RDPMC", bit.INTERCEPT_RDPMC, code.SVM_EXIT_RDPMC, as_in_l1=True)
     yield _row("PUSHF", bit.INTERCEPT_PUSHF, code.SVM_EXIT_PUSHF, length=1, pops=-8)
     yield _row("POPF", bit.INTERCEPT_POPF, code.SVM_EXIT_POPF, offset=1, pops=8, rax=RFLAGS_ONE)
     yield _row("CPUID", bit.INTERCEPT_CPUID, code.SVM_EXIT_CPUID)
@@ -155,7 +163,7 @@ def _instructions() -> Iterator[Row]:
     yield _row("VMSAVE", bit.INTERCEPT_VMSAVE, code.SVM_EXIT_VMSAVE, rax=SCRATCH)
     yield _row("STGI", bit.INTERCEPT_STGI, code.SVM_EXIT_STGI)
     yield _row("CLGI", bit.INTERCEPT_CLGI, code.SVM_EXIT_CLGI)
-    yield _row("SKINIT", bit.INTERCEPT_SKINIT, code.SVM_EXIT_SKINIT, fault=UD)
+    yield _row("SKINIT", bit.INTERCEPT_SKINIT, code.SVM_EXIT_SKINIT, fault=UD, skinit=True)
     yield _row("RDTSCP", bit.INTERCEPT_RDTSCP, code.SVM_EXIT_RDTSCP)
     yield _row("WBINVD", bit.INTERCEPT_WBINVD, code.SVM_EXIT_WBINVD)
     yield _row("XSETBV", bit.INTERCEPT_XSETBV, code.SVM_EXIT_XSETBV, rax=1, vmcb=_OSXSAVE)

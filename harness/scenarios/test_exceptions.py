@@ -99,7 +99,8 @@ def _set_task_switched(level: GuestLevel) -> None:
 
 def _break_gate(level: GuestLevel) -> None:
     """Make the gate of #DE not present: #NP while #DE is delivered is #DF."""
-    level.ping()
+    # A first exception maps all that delivery touches: the host must not come in between.
+    level.do(instruction("UD2")())
     at = Gpa(level.instance.gpa + IDT_OFFSET + _GATE_TYPE_OFFSET)
     level.cpu.machine.memory.write_int(at, 1, _ABSENT_INTERRUPT_GATE)
 
@@ -166,20 +167,34 @@ def test_int_n_is_no_exception_intercept(context: Context, vector: int) -> None:
 # Faults in the delivery of faults
 
 
-@scenario(needs=[nested_svm], levels=2)
-def test_fault_in_the_delivery_of_a_fault_is_df(context: Context) -> None:
-    """A fault while #DE is delivered is #DF with error code 0 in L2, if L1 intercepts neither."""
-    l2 = proxy_machine(context, timeout_s=HANG_S).l1.launch()
+def _divide_with_absent_gate(l2: GuestLevel) -> Op:
     _break_gate(l2)
-    expect_fault(context, "DIV", l2.fault_of(instruction("DIV")()), DF, 0)
+    return instruction("DIV")()
 
 
-@scenario(needs=[nested_svm], levels=2)
-def test_intercepted_df_exits(context: Context) -> None:
+def _int_beyond_limit(l2: GuestLevel) -> Op:
+    """Return INT 80h, and then #GP, beyond an IDT that ends with #DF."""
+    # sidt (%rbx); movw $limit, (%rbx); lidt (%rbx); int $0x80
+    limit = (16 * (DF + 1) - 1).to_bytes(2, "little")
+    code = b"\x0f\x01\x0b\x66\xc7\x03" + limit + b"\x0f\x01\x1b\xcd\x80"
+    return l2.exec_op(code, user=False, rbx=l2.scratch)
+
+
+_DOUBLE_FAULTS = {"absent_gate": _divide_with_absent_gate, "beyond_limit": _int_beyond_limit}
+
+
+@scenario(needs=[nested_svm], axes={"how": tuple(_DOUBLE_FAULTS)}, levels=2)
+def test_fault_in_the_delivery_of_a_fault_is_df(context: Context, how: str) -> None:
+    """A contributory fault while one is delivered is #DF with error code 0 in L2."""
+    l2 = proxy_machine(context, timeout_s=HANG_S).l1.launch()
+    expect_fault(context, "the instruction", l2.fault_of(_DOUBLE_FAULTS[how](l2)), DF, 0)
+
+
+@scenario(needs=[nested_svm], axes={"how": tuple(_DOUBLE_FAULTS)}, levels=2)
+def test_intercepted_df_exits(context: Context, how: str) -> None:
     """A double fault of L2 exits as #DF with error code 0 if L1 intercepts #DF."""
     l2 = proxy_machine(context, timeout_s=HANG_S).l1.launch(vmcb={f"intercept.excp.{DF}": 1})
-    _break_gate(l2)
-    exit_ = l2.run_to_exit(instruction("DIV")())
+    exit_ = l2.run_to_exit(_DOUBLE_FAULTS[how](l2))
     expect_exit(context, exit_, ExitCode.SVM_EXIT_EXCP_BASE + DF)
     context.expect("EXITINFO1", exit_.exit_info_1, 0, hex)
 

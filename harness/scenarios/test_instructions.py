@@ -111,16 +111,15 @@ ADDRESSES: Final[Mapping[str, Callable[[int, int], int]]] = {
 """Illegal operands, from a legal one and MAXPHYADDR."""
 
 
-@scenario(
-    needs=[nested_svm], axes={"instruction": WITH_VMCB, "address": tuple(ADDRESSES)}, quick=True
-)
-def test_illegal_vmcb_address_is_refused(context: Context, instruction: str, address: str) -> None:
+@scenario(needs=[nested_svm], axes={"instruction": WITH_VMCB}, quick=True)
+def test_illegal_vmcb_address_is_refused(context: Context, instruction: str) -> None:
     """VMRUN, VMLOAD and VMSAVE with RAX unaligned or beyond MAXPHYADDR raise #GP(0)."""
     policy = CpuidPolicy(physical_address_bits=GUEST_ADDRESS_BITS)
     l1 = proxy_machine(context, cpuid=policy).l1
     legal = l1.launch().vmcb.gpa
-    op = _with_rax(instruction, ADDRESSES[address](legal, GUEST_ADDRESS_BITS))
-    expect_fault(context, f"{op}", l1.fault_of(op), GP, 0)
+    for name, address in ADDRESSES.items():
+        op = _with_rax(instruction, address(legal, GUEST_ADDRESS_BITS))
+        expect_fault(context, f"{op}, {name}", l1.fault_of(op), GP, 0)
 
 
 @scenario(needs=[nested_svm], axes={"instruction": WITH_VMCB})
@@ -152,16 +151,17 @@ def test_vmrun_without_hsave_is_refused(context: Context) -> None:
     expect_fault(context, "VMRUN with VM_HSAVE_PA=0", l1.fault_of(op), GP, 0)
 
 
-@scenario(needs=[nested_svm], axes={"address": tuple(ADDRESSES)})
-def test_illegal_hsave_address_is_refused(context: Context, address: str) -> None:
+@scenario(needs=[nested_svm])
+def test_illegal_hsave_address_is_refused(context: Context) -> None:
     """WRMSR of VM_HSAVE_PA unaligned or beyond MAXPHYADDR raises #GP(0) and changes nothing."""
     policy = CpuidPolicy(physical_address_bits=GUEST_ADDRESS_BITS)
     l1 = proxy_machine(context, cpuid=policy).l1
     l1.enable_svm()
     before = l1.rdmsr(Msr.MSR_VM_HSAVE_PA)
-    op = wrmsr(Msr.MSR_VM_HSAVE_PA, ADDRESSES[address](before, GUEST_ADDRESS_BITS))
-    expect_fault(context, f"{op}", l1.fault_of(op), GP, 0)
-    context.expect("VM_HSAVE_PA afterwards", l1.rdmsr(Msr.MSR_VM_HSAVE_PA), before, hex)
+    for name, address in ADDRESSES.items():
+        op = wrmsr(Msr.MSR_VM_HSAVE_PA, address(before, GUEST_ADDRESS_BITS))
+        expect_fault(context, f"{op}, {name}", l1.fault_of(op), GP, 0)
+        context.expect("VM_HSAVE_PA afterwards", l1.rdmsr(Msr.MSR_VM_HSAVE_PA), before, hex)
 
 
 @scenario(needs=[nested_svm], axes={"svme": (False, True)})
@@ -174,17 +174,17 @@ def test_hsave_keeps_any_legal_page(context: Context, svme: bool) -> None:
         context.expect("VM_HSAVE_PA", l1.rdmsr(Msr.MSR_VM_HSAVE_PA), value, hex)
 
 
-EFER_MBZ: Final = {"bit_9": 1 << 9, "bit_19": 1 << 19, "bit_32": 1 << 32, "bit_63": 1 << 63}
+EFER_MBZ: Final = (9, 19, 32, 63)
 """EFER bits that no processor has (APM vol. 2, 3.1.7)."""
 
 
-@scenario(needs=[nested_svm], axes={"bit": tuple(EFER_MBZ)})
-def test_reserved_efer_bit_is_refused(context: Context, bit: str) -> None:
+@scenario(needs=[nested_svm], axes={"svme": (0, 1)})
+def test_reserved_efer_bit_is_refused(context: Context, svme: int) -> None:
     """WRMSR of EFER with a must-be-zero bit raises #GP(0), SVME or not, and changes nothing."""
     l1 = proxy_machine(context).l1
     before = Efer(l1.rdmsr(Msr.MSR_EFER))
-    for svme in (0, 1):
-        op = wrmsr(Msr.MSR_EFER, before.replace(SVME=svme) | EFER_MBZ[bit])
+    for bit in EFER_MBZ:
+        op = wrmsr(Msr.MSR_EFER, before.replace(SVME=svme) | 1 << bit)
         expect_fault(context, f"{op}", l1.fault_of(op), GP, 0)
         context.expect("EFER afterwards", Efer(l1.rdmsr(Msr.MSR_EFER)), before)
 
@@ -202,14 +202,15 @@ def test_svme_can_be_toggled_and_read_back(context: Context) -> None:
     context.expect("L2 answers again", l2.ping(), True)
 
 
-@scenario(needs=[nested_svm], axes={"bit": (5, 32, 63)})
-def test_reserved_vm_cr_bit_is_refused(context: Context, bit: int) -> None:
+@scenario(needs=[nested_svm])
+def test_reserved_vm_cr_bit_is_refused(context: Context) -> None:
     """WRMSR of VM_CR with a must-be-zero bit raises #GP(0) and changes nothing."""
     l1 = proxy_machine(context).l1
     before = VmCr(l1.rdmsr(Msr.MSR_VM_CR))
-    op = wrmsr(Msr.MSR_VM_CR, before | 1 << bit)
-    expect_fault(context, f"{op}", l1.fault_of(op), GP, 0)
-    context.expect("VM_CR afterwards", VmCr(l1.rdmsr(Msr.MSR_VM_CR)), before)
+    for bit in (5, 32, 63):
+        op = wrmsr(Msr.MSR_VM_CR, before | 1 << bit)
+        expect_fault(context, f"{op}", l1.fault_of(op), GP, 0)
+        context.expect("VM_CR afterwards", VmCr(l1.rdmsr(Msr.MSR_VM_CR)), before)
 
 
 @scenario(needs=[nested_svm])

@@ -206,13 +206,17 @@ def test_ioio_exit_describes_the_access(context: Context, size: int, direction: 
     op = l2.exec_op(line.code, user=False, rdx=IO_PORT)
     exit_ = l2.run_to_exit(op)
     expect_exit(context, exit_, ExitCode.SVM_EXIT_IOIO)
-    wanted = IoioInfo.of(PORT=IO_PORT, TYPE=int(direction == "in"), A64=1, **_SIZES[size])
-    # SEG is of string instructions only.
-    context.expect("EXITINFO1", IoioInfo(exit_.exit_info_1).replace(SEG=0), wanted)
+    wanted = IoioInfo.of(PORT=IO_PORT, TYPE=int(direction == "in"), **_SIZES[size])
+    context.expect("EXITINFO1", _without_addressing(exit_), wanted)
     context.expect("EXITINFO2", exit_.exit_info_2, op.args[-1] + len(line.code), hex)
     context.expect("RIP", exit_.vmcb["rip"], op.args[-1], hex)
     exit_.skip()
     context.expect("what follows", str(l2.finish()[0].fault), "None", str)
+
+
+def _without_addressing(exit_: VmExit) -> IoioInfo:
+    """Leave out the address size, another scenario's, and SEG, valid only with decode assists."""
+    return IoioInfo(exit_.exit_info_1).replace(SEG=0, A64=0, A32=0, A16=0)
 
 
 _STRINGS = {
@@ -228,7 +232,7 @@ _STRINGS = {
 
 @scenario(needs=[nested_svm], axes={"string": tuple(_STRINGS)}, levels=2)
 def test_ioio_exit_describes_string_instructions(context: Context, string: str) -> None:
-    """EXITINFO1 of INS and OUTS has STR, REP, size and the address size."""
+    """EXITINFO1 of INS and OUTS has port, direction, STR, REP and size."""
     code, fields = _STRINGS[string]
     l2 = proxy_machine(context, timeout_s=HANG_S).l1.launch(vmcb={"intercept.ioio_prot": 1})
     l2.intercept_port(IO_PORT, 4)
@@ -236,11 +240,28 @@ def test_ioio_exit_describes_string_instructions(context: Context, string: str) 
     op = l2.exec_op(code, user=False, rdx=IO_PORT, rcx=2, rsi=at, rdi=at)
     exit_ = l2.run_to_exit(op)
     expect_exit(context, exit_, ExitCode.SVM_EXIT_IOIO)
-    wanted = IoioInfo.of(PORT=IO_PORT, STR=1, A64=1, **fields)
-    # SEG is valid only with decode assists.
-    context.expect("EXITINFO1", IoioInfo(exit_.exit_info_1).replace(SEG=0), wanted)
+    wanted = IoioInfo.of(PORT=IO_PORT, STR=1, **fields)
+    context.expect("EXITINFO1", _without_addressing(exit_), wanted)
     context.expect("EXITINFO2", exit_.exit_info_2, op.args[-1] + len(code), hex)
     context.expect("RCX", exit_.gprs.rcx, 2)
+
+
+_ADDRESS_SIZES = {"64": (b"", {"A64": 1}), "32": (b"\x67", {"A32": 1})}
+"""Prefix and EXITINFO1 by address size."""
+
+
+@scenario(needs=[nested_svm], axes={"address_bits": tuple(_ADDRESS_SIZES)}, levels=2)
+def test_ioio_exit_has_the_address_size(context: Context, address_bits: str) -> None:
+    """EXITINFO1 of a string instruction has the address size."""
+    prefix, fields = _ADDRESS_SIZES[address_bits]
+    l2 = proxy_machine(context, timeout_s=HANG_S).l1.launch(vmcb={"intercept.ioio_prot": 1})
+    l2.intercept_port(IO_PORT)
+    code = prefix + _STRINGS["outsb"][0]
+    exit_ = l2.run_to_exit(l2.exec_op(code, user=False, rdx=IO_PORT, rsi=l2.scratch))
+    expect_exit(context, exit_, ExitCode.SVM_EXIT_IOIO)
+    seen = IoioInfo(exit_.exit_info_1)
+    sizes = IoioInfo.of(A64=seen.A64, A32=seen.A32, A16=seen.A16)
+    context.expect("address size", sizes, IoioInfo.of(**fields))
 
 
 @scenario(needs=[nested_svm], levels=2)

@@ -88,7 +88,10 @@ def _legal(scratch: int) -> list[Op]:
 
 
 def _faulting(scratch: int) -> list[tuple[Op, int, int]]:
-    """Return operations, with the vector and error code that each raises at CPL 0."""
+    """Return operations, with the vector and error code that each raises at CPL 0.
+
+    Not among them: ICEBP and reserved bits of CR0, which emulated silicon does not know.
+    """
     return [
         (rdmsr(NO_MSR), GP, 0),
         (wrmsr(Msr.MSR_EFER, 1 << 63), GP, 0),
@@ -99,7 +102,6 @@ def _faulting(scratch: int) -> list[tuple[Op, int, int]]:
         (load(UNMAPPED), PF, 0),
         (store(UNMAPPED, 1), PF, 2),
         (load(NON_CANONICAL), GP, 0),
-        (write_cr(0, 1 << 32), GP, 0),
         (write_cr(4, 1 << 63), GP, 0),
         (write_cr(8, 0x10), GP, 0),
         (write_dr(7, 1 << 32), GP, 0),
@@ -126,8 +128,7 @@ def _expect_fault(context: Context, level: Level, op: Op, vector: int, error: in
     fault = level.fault_of(op)
     seen = None if fault is None else fault.vector
     context.expect(f"{level.name}: {op} raises", seen, vector, _vector)
-    assert fault is not None
-    context.expect(f"{level.name}: error code of {op}", fault.error_code, error, hex)
+    context.expect(f"{level.name}: error code of {op}", fault and fault.error_code, error)
 
 
 def _vector(vector: int | None) -> str:
@@ -258,13 +259,12 @@ def test_unmapped_nested_page_faults_to_l1(context: Context) -> None:
     machine = _machine(context)
     l2 = machine.l1.launch()
     page = machine.pages.take()
-    assert l2.npt is not None
-    l2.npt.unmap(page)
+    l2.nested_tables.unmap(page)
     exit_ = l2.run_to_exit(store(page + 8, 5))
     _expect_exit(context, exit_, l2.host, ExitCode.SVM_EXIT_NPF)
     context.expect("exit_info_2", exit_.exit_info_2 & -0x1000, page, hex)
     context.expect("write, user", exit_.exit_info_1 & 0x7, 0x6, hex)
-    l2.npt.map(page, page)
+    l2.nested_tables.map(page, page)
     context.expect("the store goes on", l2.finish()[0].vector, None)
     context.expect("memory", machine.memory.read_int(page, 8), 0)
     context.expect("memory at the store", l2.read(page + 8), 5)
@@ -276,8 +276,7 @@ def test_read_only_nested_page(context: Context) -> None:
     machine = _machine(context)
     l2 = machine.l1.launch()
     page = machine.pages.take()
-    assert l2.npt is not None
-    l2.npt.protect(page, clear=Pte.W)
+    l2.nested_tables.protect(page, clear=Pte.W)
     context.expect("a load", l2.read(page), 0)
     exit_ = l2.run_to_exit(store(page, 5))
     _expect_exit(context, exit_, l2.host, ExitCode.SVM_EXIT_NPF)
@@ -359,18 +358,17 @@ def test_l3_nested_page_fault_goes_to_the_tables_owner(context: Context, npt2: b
     l3 = l2.launch()
     l3.ping()
     ours, theirs = machine.pages.take(), machine.pages.take()
-    assert l3.npt is not None
     l2.make_current()
-    l3.npt.unmap(theirs)
+    l3.nested_tables.unmap(theirs)
     exit_ = l3.run_to_exit(load(theirs))
     _expect_exit(context, exit_, l2, ExitCode.SVM_EXIT_NPF)
     context.expect("exit_info_2", exit_.exit_info_2, theirs, hex)
-    l3.npt.map(theirs, theirs)
+    l3.nested_tables.map(theirs, theirs)
     context.expect("the load goes on", l3.finish()[0].value, 0)
     if l2.npt is not None:
         l2.make_current()
         l2.host.make_current()
-        l2.npt.unmap(ours)
+        l2.nested_tables.unmap(ours)
         exit_ = l3.run_to_exit(load(ours))
         _expect_exit(context, exit_, l2.host, ExitCode.SVM_EXIT_NPF)
 
@@ -456,12 +454,26 @@ def test_interrupts_reach_l1_and_l2(context: Context, x2apic: bool) -> None:
     l2.run(simple("STI_NOP_CLI"))
     context.expect("counted in L2", l2.counted(0x41), 1)
     l2.configure({"intercept.intr": 1})
+    l2.run(simple("STI"))
     machine.interrupt(0x42)
-    exit_ = l2.run_to_exit(simple("STI_NOP_CLI"))
+    exit_ = l2.run_to_exit(simple("CLI"))
     _expect_exit(context, exit_, l1, ExitCode.SVM_EXIT_INTR)
     l1.run(simple("STI_NOP_CLI"))
     context.expect("counted in L1", l1.counted(0x42), 1)
     context.expect("L2 goes on", l2.finish()[0].vector, None)
+
+
+@scenario(needs=[nested_svm], levels=2)
+def test_pending_interrupt_waits_for_if_of_l2(context: Context) -> None:
+    """L2 runs on with IF=0 while an interrupt that L1 intercepts is pending; STI makes it exit."""
+    machine = _machine(context, irqchip=True)
+    Apic(machine.l1).enable()
+    l2 = machine.l1.launch(vmcb={"intercept.intr": 1})
+    l2.ping()
+    machine.interrupt(0x42)
+    context.expect("L2 with IF=0", l2.do(nop(), timeout_s=5.0).ok, True)
+    exit_ = l2.run_to_exit(simple("STI_NOP_CLI"))
+    _expect_exit(context, exit_, machine.l1, ExitCode.SVM_EXIT_INTR)
 
 
 @scenario(needs=[nested_svm], levels=3)
@@ -479,8 +491,9 @@ def test_l3_is_interrupted(context: Context) -> None:
     l3.run(simple("STI_NOP_CLI"))
     context.expect("counted in L3", l3.counted(0x40), 1)
     l3.configure({"intercept.intr": 1})
+    l3.run(simple("STI"))
     machine.interrupt(0x41)
-    exit_ = l3.run_to_exit(simple("STI_NOP_CLI"))
+    exit_ = l3.run_to_exit(simple("CLI"))
     _expect_exit(context, exit_, l2, ExitCode.SVM_EXIT_INTR)
     l2.run(simple("STI_NOP_CLI"))
     context.expect("counted in L2", l2.counted(0x41), 1)

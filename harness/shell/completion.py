@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import builtins
+import keyword
 import re
 import rlcompleter
 from collections.abc import Iterator
@@ -29,14 +31,17 @@ def complete(names: dict[str, Any], text: str, line: str) -> list[str]:
     """
     if _IN_VMCB.search(line):
         return sorted(name for name in vmcb_names() if name.startswith(text))
+    if "." not in text:
+        # Without a parenthesis behind it: what is no function yet may become one.
+        known = {*names, *dir(builtins), *keyword.kwlist}
+        return sorted(name for name in known if name.startswith(text) and name[:2] != "__")
     completer = rlcompleter.Completer(names)
     return sorted(set(_all_matches(completer, text)))
 
 
 def _all_matches(completer: rlcompleter.Completer, text: str) -> Iterator[str]:
     for state in range(_MOST):
-        # Not for an empty word: that is a tab, at the beginning of a line.
-        found = completer.complete(text, state) if text else None
+        found = completer.complete(text, state)
         if found is None:
             return
         yield found

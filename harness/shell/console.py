@@ -143,22 +143,27 @@ class Console:
 
     def _run(self, code: CodeType) -> Answer:
         try:
-            exec(code, self._bench.names)
+            try:
+                exec(code, self._bench.names)
+            finally:
+                # Before anything else runs a vCPU.
+                self._interrupts.line_ended()
         except SystemExit as e:
             return Answer(exit=_status_of(e))
         except BaseException as e:
             return self._report(e)
-        finally:
-            self._interrupts.line_ended()
         return Answer()
 
     def _report(self, error: BaseException) -> Answer:
         """Say what was raised: one of ours in its own words, else with the traceback."""
-        if isinstance(error, KeyboardInterrupt):
+        kick = _kick_behind(error)
+        if isinstance(error, KeyboardInterrupt) and kick is None:
             _complain("interrupted")
+            if not self._bench.at_rest:
+                self._recover()
             return Answer(raised=True, interrupted=True)
-        if isinstance(error, GuestStopped) and isinstance(error.event, Kicked):
-            first, _, where = str(error).partition("\n")
+        if kick is not None:
+            first, _, where = str(kick).partition("\n")
             _complain(f"interrupted: {first.partition(' did not report')[0]}\n{where}")
             self._recover()
             return Answer(raised=True, interrupted=True)
@@ -180,8 +185,18 @@ class Console:
             started = self._bench.recover()
         except (NsvmError, KvmError) as e:
             _complain(f"(it does not come up again: {e}; reboot() makes a new machine)")
-        else:
+            return
+        if started:
             _complain(f"(started again: {', '.join(started)})")
+
+
+def _kick_behind(error: BaseException | None) -> GuestStopped | None:
+    """Return what a kick has raised, be it this error or what it came from."""
+    while error is not None:
+        if isinstance(error, GuestStopped) and isinstance(error.event, Kicked):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _complain(text: str) -> None:

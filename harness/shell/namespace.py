@@ -17,7 +17,7 @@ from harness.svm.exit_codes import ExitCode
 from harness.svm.intercepts import Intercept
 from harness.svm.msrs import Cr0, Cr4, Efer, Msr
 from harness.svm.vmcb import EventInj, IntCtl, IntState, NestedCtl, vmcb
-from kvm_ioctl.handles import Kvm
+from kvm_ioctl.handles import Kvm, Vcpu
 
 LEVELS: Final = {f"l{depth}": depth for depth in range(1, 6)}
 """Levels that are launched, by the one above, when they are first named."""
@@ -101,6 +101,12 @@ class Workbench:
             for runner in self._machine.vcpus:
                 runner.kick()
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the level that spoke last, on every vCPU, waits for a program."""
+        levels = [cpu.current for cpu in self._machine.cpus] if self._machine else []
+        return all(level is None or level.instance.idle for level in levels)
+
     def recover(self) -> list[str]:
         """Start levels again that do not answer; return their names. See `restart`."""
         return restart(self._machine) if self._machine is not None else []
@@ -159,8 +165,8 @@ class Namespace(dict[str, Any]):
             self.pop(name, None)
 
     def for_completion(self) -> dict[str, Any]:
-        """Return all names; those that would have to be made stand for their classes."""
-        return {**_MACHINE_NAMES, "vcpu": None, **self}
+        """Return all names; for what would have to be made its class is there."""
+        return {**_MACHINE_NAMES, "vcpu": Vcpu, **self}
 
 
 def show(value: object, other: object = None) -> None:

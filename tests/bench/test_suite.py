@@ -38,6 +38,18 @@ def test_events_become_rows_in_order():
     assert rows.seen() == {"a", "b"}
 
 
+def test_rounds_that_differ_are_compared_as_if_they_did_not():
+    report = Report()
+    event = pair("proxy_batched_l1", ours_s=2.0, theirs_s=1.0)
+    event["data"].update(against="single L1", unit="operations", note="a note")
+    event["data"]["ours"]["done"], event["data"]["theirs"]["done"] = 1000, 10
+    PairRows("local", report).take(event)
+    [row] = report.rows
+    # 500 a second against 10 a second.
+    assert row.share == 50
+    assert (row.against, row.unit, row.note) == ("single L1", "operations", "a note")
+
+
 class FakeHost:
     """Answers each call by what it was given: events, then an end or an exception."""
 
@@ -119,6 +131,30 @@ def test_what_the_benchmarks_raise_is_an_error(run_on):
     report = run_on(FakeHost(([], CallResult("raise", error=error))))
     [line] = report.errors
     assert line.endswith("HarnessError: C did 7, Python 6")
+
+
+BOTH = Wanted(("emulated",), "6.1", 3, ("api_version", "proxy_single_l1"), count=7)
+
+
+def test_ioctls_and_proxies_are_two_calls_and_one_costs_the_other_nothing(run_on):
+    error = {"type": "HarnessError", "message": "C did 7, Python 6"}
+    failed = CallResult("raise", error=error)
+    host = FakeHost(([], failed), ([pair("proxy_single_l1")], RETURNED))
+    report = run_on(host, BOTH)
+    assert host.names == [["api_version"], ["proxy_single_l1"]]
+    assert [row.name for row in report.rows] == ["proxy_single_l1"]
+    assert len(report.errors) == 1
+    assert [found["kind"] for found in report.hosts] == ["emulated"]
+
+
+def test_proxies_need_no_c_compiler(run_on, monkeypatch):
+    def missing(name):
+        raise HostError("no C compiler")
+
+    monkeypatch.setattr(suite, "executable", missing)
+    wanted = Wanted(("emulated",), "6.1", 1, ("proxy_single_l1",))
+    report = run_on(FakeHost(([pair("proxy_single_l1")], RETURNED)), wanted)
+    assert [row.name for row in report.rows] == ["proxy_single_l1"]
 
 
 def test_a_machine_without_kvm_skips_with_the_evidence(run_on, monkeypatch):

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from harness.bench.ratios import Comparison, Pair
 from harness.bench.suite import Report
-from harness.bench.table import as_json, share_text, show, time_text
+from harness.bench.table import as_json, rate_text, share_text, show, time_text
 
 
 def shown(report, width=80):
@@ -61,6 +61,47 @@ def test_what_has_no_row_is_said():
     assert "local: kernel 6.18, AMD [EPYC]" in text
 
 
+RATES = Report(
+    rows=[
+        row("proxy_batched_l1", "local", "single L1", 1.0, 1000.0, unit="operations"),
+        row("proxy_vmrun_l2_l3", "local", "single L2", 0.025, 0.005, unit="VMRUNs", note="slow"),
+        row("run_exit", "local", "C", 2.0, 1.0),
+    ],
+    skipped=[
+        {"host": "local", "name": "proxy_single_l2", "reason": "no SVM"},
+        {"host": "local", "name": "proxy_single_l3", "reason": "no SVM"},
+        {"host": "emulated", "name": "proxy_single_l3", "reason": "no SVM"},
+    ],
+)
+
+
+def test_rates_are_one_table_with_each_rows_counterpart_and_note():
+    rates, _, others = shown(RATES).partition("speed as a share of that of C")
+    assert "local host: operations and VMRUNs per second" in rates
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in rates.splitlines()]
+    assert [found for found in rows if found] == [
+        ["proxy_batched_l1", "1,000", "1,000..1,000", "1", "single L1", "0.001"],
+        ["proxy_vmrun_l2_l3", "0.20", "0.20..0.20", "40", "single L2", "200"],
+    ]
+    assert "proxy_vmrun_l2_l3: slow" in rates
+    assert "run_exit" in others
+
+
+def test_skips_for_one_reason_are_one_line():
+    lines = [line.strip() for line in shown(RATES).splitlines() if "skipped" in line]
+    assert lines == [
+        "skipped: proxy_single_l2, proxy_single_l3 on local: no SVM",
+        "skipped: proxy_single_l3 on emulated: no SVM",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "text"), [(2, "500,000"), (10_000, "100"), (30_000, "33.3"), (4e6, "0.25")]
+)
+def test_rates_have_the_digits_that_mean_something(microseconds, text):
+    assert rate_text(microseconds) == text
+
+
 def test_json_has_it_all():
     data = json.loads(json.dumps(as_json(REPORT, seconds=1.26)))
     assert [(b["host"], b["name"], b["share"]) for b in data["benchmarks"]] == [
@@ -76,9 +117,10 @@ def test_json_has_it_all():
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(0.0376, "0.038"), (0.0999, "0.100"), (0.1, "0.10"), (1.047, "1.05")]
+    ("share", "text"),
+    [(0.0376, "0.038"), (0.0999, "0.100"), (0.1, "0.10"), (1.047, "1.05"), (1234.5, "1,234")],
 )
-def test_small_shares_keep_their_digits(share, text):
+def test_shares_keep_the_digits_that_mean_something(share, text):
     assert share_text(share) == text
 
 

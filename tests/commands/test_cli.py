@@ -10,8 +10,8 @@ import pytest
 from harness import cli
 from harness.errors import HostError, HostLost
 from harness.host.bundle import tree_root
-from harness.host.emulated import QEMU
 from harness.host.kernels import Kernel
+from harness.host.qemu import QEMU
 
 
 def nsvm(*arguments, **environment):

@@ -1,7 +1,7 @@
 """What a running call is sent: text for its standard input, and SIGINT."""
 
 import signal
-import threading
+import time
 
 import pytest
 from agent_process import AgentProcess, of_kind, text_of
@@ -75,11 +75,10 @@ def test_the_end_of_the_agent_ends_the_input(agent, tmp_path):
     agent.until("emit")
     agent.process.kill()
     agent.process.wait(30)
-    until = threading.Event()
-    for _ in range(300):
-        if said.exists():
-            break
-        until.wait(0.1)
+    deadline = time.monotonic() + 30
+    while not (said.exists() and said.read_text()):
+        assert time.monotonic() < deadline, "the call still waits for input"
+        time.sleep(0.01)
     assert said.read_text() == "end"
 
 
@@ -99,7 +98,7 @@ def test_interrupt_ends_a_call_that_does_not_catch_it(agent):
     assert (end["outcome"], end["error"]["type"]) == ("raise", "KeyboardInterrupt")
 
 
-def test_interrupt_reaches_a_call_of_an_agent_that_ignores_it(monkeypatch):
+def test_interrupt_reaches_a_call_of_an_agent_that_ignores_it():
     """A shell without job control starts what it runs in the background so."""
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

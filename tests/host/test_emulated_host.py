@@ -17,8 +17,9 @@ from harness.errors import HostError, HostLost
 from harness.host import emulated
 from harness.host import session as session_module
 from harness.host.bundle import PRELOAD, Bundle
-from harness.host.emulated import EmulatedHost, Hardware, last_words, qemu_version
+from harness.host.emulated import EmulatedHost, Hardware
 from harness.host.kernels import Kernel
+from harness.host.qemu import QEMU, last_words, qemu_version
 
 KERNEL = Kernel("6.1.0-9-amd64", "#1 SMP", "forged", "key", Path("/boot/vmlinuz"), None, None)
 
@@ -39,7 +40,7 @@ class FakeQemu:
     def __init__(self, directory):
         self.directory = directory
         source = Path(__file__).with_name("fake_qemu.py").read_text()
-        script = directory / emulated.QEMU
+        script = directory / QEMU
         script.write_text(f"#!{sys.executable}\n{source}")
         script.chmod(0o755)
         (directory / "agent_dir").write_text(str(Path(harness.host.agent.__file__).parent))
@@ -197,7 +198,7 @@ def test_without_qemu_there_is_one_clear_line(monkeypatch, tmp_path):
 
 
 def test_a_qemu_that_does_not_run_is_quoted(monkeypatch, tmp_path):
-    broken = tmp_path / emulated.QEMU
+    broken = tmp_path / QEMU
     broken.write_text("#!/bin/sh\necho broken library >&2\nexit 127\n")
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

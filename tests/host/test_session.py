@@ -10,8 +10,8 @@ from agent_process import AgentProcess
 
 from harness.errors import HostError, HostLost
 from harness.host import session as session_module
-from harness.host.emulated import SocketPipe
 from harness.host.local import ProcessPipe
+from harness.host.qemu import SocketPipe
 from harness.host.session import CallResult, Session
 
 
@@ -172,7 +172,7 @@ def test_a_command_to_a_host_that_is_gone_is_a_lost_host(pair):
 
 
 def test_a_host_that_reads_nothing_does_not_hold_a_command_up(monkeypatch):
-    monkeypatch.setattr("harness.host.emulated.SEND_S", 0.3)
+    monkeypatch.setattr("harness.host.qemu.SEND_S", 0.3)
     ours, theirs = socket.socketpair()
     with ours, theirs:
         session = Session(SocketPipe(ours), HostLost)

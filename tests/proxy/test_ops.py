@@ -1,3 +1,4 @@
+import ctypes
 import re
 import shutil
 import subprocess
@@ -5,6 +6,7 @@ import subprocess
 import pytest
 
 from guest_images.proxy_header import code_table, proxy_constants
+from harness.proxy import layout
 from harness.proxy.ops import (
     ARGUMENT_REGISTERS,
     INSTRUCTIONS,
@@ -16,6 +18,8 @@ from harness.proxy.ops import (
     instruction,
     name_of,
 )
+from harness.proxy.program import OP_SIZE
+from harness.svm.smram import SMM_ENTRY_OFFSET, SMRAM_STATE_OFFSET
 
 
 def test_opcodes_and_control_operations_are_apart():
@@ -63,6 +67,13 @@ def test_header_defines_every_opcode_once():
     names = re.findall(r"#define (\w+)", text)
     assert len(names) == len(set(names))
     assert {f"OP_{name}" for name in [*OPCODES, *Control.__members__]} <= set(names)
+
+
+def test_the_layout_of_an_instance_has_no_overlaps():
+    assert ctypes.sizeof(layout.proxy_instance) <= layout.IDT_OFFSET
+    assert layout.CODE_OFFSET == layout.SMM_ENTRY == SMM_ENTRY_OFFSET
+    assert layout.SCRATCH_OFFSET + layout.SCRATCH_SIZE <= SMRAM_STATE_OFFSET
+    assert layout.OPS_PER_PAGE * OP_SIZE == layout.RESULTS_OFFSET - layout.PROGRAM_OFFSET
 
 
 def test_call_fills_registers_and_refuses_others():

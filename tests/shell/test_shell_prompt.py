@@ -55,6 +55,11 @@ class Terminal:
         self.child.expect_exact(prompt)
         return self.child.before.replace("\r", "").partition("\n")[2]
 
+    def start(self, statement):
+        """Type a statement that does not end; return once it is on its way."""
+        self.child.sendline(f'print("on its", "way"); {statement}')
+        self.child.expect_exact("on its way")
+
     def interrupt(self):
         """Press ^C and return what is printed before the next prompt."""
         self.child.sendintr()
@@ -72,11 +77,6 @@ class Terminal:
 def terminal(one_kernel, environment):
     with Terminal(one_kernel, environment) as terminal:
         yield terminal
-
-
-def until_loops(terminal):
-    """Wait until the guest that was just started is on its way."""
-    time.sleep(1)
 
 
 def test_a_level_answers_and_a_vmcb_is_printed(terminal, one_kernel):
@@ -118,8 +118,7 @@ def test_what_goes_wrong_is_one_line_or_a_traceback_and_the_prompt_is_back(termi
 
 def test_interrupt_stops_a_looping_l1_and_it_answers_again(terminal):
     assert terminal.type("l1.write(l1.scratch, 77)") == ""
-    terminal.child.sendline('l1.exec(bytes.fromhex("ebfe"))')
-    until_loops(terminal)
+    terminal.start('l1.exec(bytes.fromhex("ebfe"))')
     said = terminal.interrupt()
     assert "interrupted: vCPU 0: L1\n" in said
     assert "rip=0x" in said
@@ -133,8 +132,7 @@ def test_interrupt_stops_a_looping_l1_and_it_answers_again(terminal):
 def test_interrupt_stops_a_looping_l2_and_both_answer_again(terminal, npt):
     terminal.type(f'l2 = l1.launch(npt={npt}, vmcb={{"intercept.cpuid": 1}})')
     assert terminal.type("l2.ping()") == "True\n"
-    terminal.child.sendline("l2.run(loop(1 << 60, [nop()]))")
-    until_loops(terminal)
+    terminal.start("l2.run(loop(1 << 60, [nop()]))")
     said = terminal.interrupt()
     assert "interrupted: vCPU 0: L2\n" in said
     assert "(started again: L1, L2)" in said
@@ -145,20 +143,20 @@ def test_interrupt_stops_a_looping_l2_and_both_answer_again(terminal, npt):
 
 def test_interrupt_stops_a_looping_l3(terminal):
     assert terminal.type("l3.ping()") == "True\n"
-    terminal.child.sendline('l3.exec(bytes.fromhex("ebfe"))')
-    until_loops(terminal)
+    terminal.start('l3.exec(bytes.fromhex("ebfe"))')
     assert "(started again: L1, L2, L3)" in terminal.interrupt()
     assert terminal.type("l3.ping(), l2.ping(), l1.ping()") == "(True, True, True)\n"
 
 
 def test_interrupt_ends_loops_in_python(terminal):
-    terminal.child.sendline("while True: pass\n")
-    until_loops(terminal)
-    assert "interrupted\n" in terminal.interrupt()
-    terminal.child.sendline("while True: l1.ping()\n")
-    until_loops(terminal)
-    assert "interrupted" in terminal.interrupt()
-    assert terminal.type("l1.ping()").endswith("True\n")
+    for body in ("pass", "l1.ping()", "l1.ping(), l2.ping()", "time.sleep(60)"):
+        terminal.type("import time")
+        terminal.type("def spin():", prompt="... ")
+        terminal.type(f"    while True: {body}", prompt="... ")
+        terminal.type("")
+        terminal.start("spin()")
+        assert "interrupted" in terminal.interrupt()
+        assert terminal.type("l1.ping(), l2.ping()") == "(True, True)\n"
 
 
 def test_interrupt_at_the_prompt_forgets_what_was_typed(terminal):
@@ -185,7 +183,7 @@ def test_tab_completes_names_attributes_and_vmcb_fields(terminal):
         ('l2.vmcb["intercept.sel\t', None),
     ]:
         child.send(typed)
-        child.send("\n" if completed else '"]\n')
+        child.send("\n" if completed else "]\n")
         child.expect_exact(PROMPT)
         assert child.before.replace("\r", "").partition("\n")[2] == (completed or "0\n")
 

@@ -2,7 +2,12 @@ import ctypes
 
 import pytest
 
-from harness.svm.smram import SMRAM_GPRS, SMRAM_STATE_OFFSET, kvm_smram_state_64
+from harness.svm.smram import (
+    SMRAM_GPRS,
+    SMRAM_STATE_OFFSET,
+    kvm_smram_state_32,
+    kvm_smram_state_64,
+)
 
 # From SMBASE, as the manual's table prints them.
 OFFSETS = {
@@ -56,3 +61,31 @@ def test_reserved_fields_are_named_by_their_offset():
         if name.startswith("reserved_"):
             offset = SMRAM_STATE_OFFSET + getattr(kvm_smram_state_64, name).offset
             assert name == f"reserved_{offset:#x}"
+
+
+LEGACY_OFFSETS = {
+    "smbase": 0xFEF8,
+    "smm_revision": 0xFEFC,
+    "io_restart_rip": 0xFF10,
+    "cr4": 0xFF14,
+    "int_shadow": 0xFF1A,
+    "tr": 0xFF5C,
+    "gdtr": 0xFF6C,
+    "es_sel": 0xFFA8,
+    "dr7": 0xFFC8,
+    "dr6": 0xFFCC,
+    "gprs": 0xFFD0,
+    "eip": 0xFFF0,
+    "eflags": 0xFFF4,
+    "cr3": 0xFFF8,
+    "cr0": 0xFFFC,
+}
+
+
+@pytest.mark.parametrize(("field", "offset"), LEGACY_OFFSETS.items())
+def test_legacy_field_lies_where_the_kernel_has_it(field, offset):
+    assert SMRAM_STATE_OFFSET + getattr(kvm_smram_state_32, field).offset == offset
+
+
+def test_legacy_save_area_has_512_bytes():
+    assert ctypes.sizeof(kvm_smram_state_32) == 512

@@ -13,7 +13,7 @@ from harness.host.qemu import QEMU
 from harness.report.results import read_results
 
 #: Boots and runs under TCG, perhaps beside other work: only a hang takes so long.
-DEADLINE_S = 300
+DEADLINE_S = 900
 
 
 def wait_until(condition, what, deadline_s=DEADLINE_S):
@@ -61,10 +61,11 @@ class Nsvm:
         return self.process.returncode, output
 
     def machines(self):
-        """Return the QEMU processes that it runs."""
+        """Return the QEMU processes that it runs: the one in use, then any kept in reserve."""
         try:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-            return [child for child in children if child.name().startswith(QEMU[:15])]
+            children = psutil.Process(self.process.pid).children()
+            machines = [child for child in children if child.name().startswith(QEMU[:15])]
+            return sorted(machines, key=lambda machine: machine.create_time())
         except psutil.NoSuchProcess:
             return []
 

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from harness.errors import HarnessError, HostError
+from harness.probe.interruption import uninterrupted
 from harness.probe.tracefs import TRACEFS, TraceEvent, TraceInstance, write
 
 PAGE_SIZE = 4096
@@ -51,21 +52,25 @@ class FunctionProbe:
         return f"nsvm_{os.getpid()}"
 
     def __enter__(self) -> Self:
-        self._trace.__enter__()
         try:
-            self._define("p", "enter_alloc", ("svm_allocate_nested",))
-            self._define("r", "leave_alloc", ("svm_allocate_nested",))
-            self._define("p", "enter_free", ("svm_free_nested",))
-            self._define("r", "leave_free", ("svm_free_nested",))
-            allocator = self._define("p", "page_alloc", _ALLOC, "order=%si:u32")
-            self._define("r", "page_alloced", (allocator,), "page=$retval:x64")
-            self._define("p", "page_free", _FREE, "order=%si:u32")
-            for event in self._defined:
-                self._trace.enable(event)
+            with uninterrupted():
+                self._trace.__enter__()
+                self._arm()
         except BaseException:
             self._remove()
             raise
         return self
+
+    def _arm(self) -> None:
+        self._define("p", "enter_alloc", ("svm_allocate_nested",))
+        self._define("r", "leave_alloc", ("svm_allocate_nested",))
+        self._define("p", "enter_free", ("svm_free_nested",))
+        self._define("r", "leave_free", ("svm_free_nested",))
+        allocator = self._define("p", "page_alloc", _ALLOC, "order=%si:u32")
+        self._define("r", "page_alloced", (allocator,), "page=$retval:x64")
+        self._define("p", "page_free", _FREE, "order=%si:u32")
+        for event in self._defined:
+            self._trace.enable(event)
 
     def __exit__(
         self,
@@ -96,11 +101,11 @@ class FunctionProbe:
         raise HostError(f"no function event on {' or '.join(functions)}: {refusals[-1]}")
 
     def _remove(self) -> None:
-        # The instance first: an enabled probe cannot be removed.
-        self._trace.__exit__(None, None, None)
-        for event in self._defined:
-            write(TRACEFS / "kprobe_events", f"-:{event}\n", append=True)
-        self._defined.clear()
+        with uninterrupted():
+            # The instance first: an enabled probe cannot be removed.
+            self._trace.__exit__(None, None, None)
+            while self._defined:
+                write(TRACEFS / "kprobe_events", f"-:{self._defined.pop(0)}\n", append=True)
 
     def _account(self, event: TraceEvent) -> None:
         bracket = self._brackets.setdefault(event.tid, _Bracket())

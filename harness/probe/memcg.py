@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Self
 
 from harness.errors import HostError
+from harness.probe.interruption import uninterrupted
 from harness.probe.tracefs import write
 
 PAGE_SIZE = 4096
@@ -75,19 +76,13 @@ class Cgroup:
         self._root, self.version = mount_point()
         self._home = self._root / _own_cgroup(self.version).lstrip("/")
         self.path = self._root / f"{_PREFIX}{label}-{os.getpid()}"
+        self._made = False
 
     def __enter__(self) -> Self:
         remove_leftovers(self._root)
         try:
-            self.path.mkdir()
-        except OSError as e:
-            raise HostError(f"cgroup {self.path}: {e.strerror} (root needed)") from e
-        try:
-            if self.version == 2 and not (self.path / "memory.current").exists():
-                raise HostError(
-                    f"{self._root}/cgroup.subtree_control does not enable the memory controller"
-                )
-            write(self.path / "cgroup.procs", str(os.getpid()))
+            with uninterrupted():
+                self._make()
         except BaseException:
             self._leave()
             raise
@@ -101,8 +96,27 @@ class Cgroup:
     ) -> None:
         self._leave()
 
+    def _make(self) -> None:
+        try:
+            self.path.mkdir()
+        except OSError as e:
+            raise HostError(f"cgroup {self.path}: {e.strerror} (root needed)") from e
+        self._made = True
+        if self.version == 2 and not (self.path / "memory.current").exists():
+            raise HostError(
+                f"{self._root}/cgroup.subtree_control does not enable the memory controller"
+            )
+        write(self.path / "cgroup.procs", str(os.getpid()))
+
     def _leave(self) -> None:
-        self.step_out()
+        if not self._made:
+            return
+        with uninterrupted():
+            self._made = False
+            self.step_out()
+            self._remove()
+
+    def _remove(self) -> None:
         deadline = time.monotonic() + _EMPTY_DEADLINE_S
         while True:
             try:
@@ -171,7 +185,11 @@ class MemcgProbe:
             self._source = "memory.stat"
         else:
             self._source = "memory.current"
-            own_all_pages()
+            try:
+                own_all_pages()
+            except BaseException:
+                self.cgroup.__exit__(None, None, None)
+                raise
         return self
 
     def __exit__(

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from harness.errors import HarnessError
+from harness.probe.interruption import uninterrupted
 from harness.probe.tracefs import TraceEvent, TraceInstance, own_threads
 
 PAGE_SIZE = 4096
@@ -72,10 +73,11 @@ class PageAllocProbe:
         self.refused: Counter[CallSite] = Counter()
 
     def __enter__(self) -> Self:
-        self._trace.__enter__()
         try:
-            for event in ("kmem/mm_page_alloc", "kmem/mm_page_free"):
-                self._trace.enable(event)
+            with uninterrupted():
+                self._trace.__enter__()
+                for event in ("kmem/mm_page_alloc", "kmem/mm_page_free"):
+                    self._trace.enable(event)
         except BaseException:
             self._trace.__exit__(None, None, None)
             raise

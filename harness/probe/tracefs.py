@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from harness.errors import HarnessError, HostError
+from harness.probe.interruption import uninterrupted
 
 TRACEFS = Path("/sys/kernel/tracing")
 _PREFIX = "nsvm-"
@@ -79,21 +80,14 @@ class TraceInstance:
         self._stacks = stacks
         self._all_tasks = all_tasks
         self._pipe = -1
+        self._made = False
 
     def __enter__(self) -> Self:
         require_tracefs()
         remove_leftovers()
         try:
-            self.path.mkdir()
-        except OSError as e:
-            raise HostError(f"trace instance {self.path}: {e.strerror}") from e
-        try:
-            write(self.path / "buffer_size_kb", str(self._buffer_kib))
-            write(self.path / "options/stacktrace", "1" if self._stacks else "0")
-            if not self._all_tasks:
-                write(self.path / "options/event-fork", "1")
-                write(self.path / "set_event_pid", " ".join(map(str, sorted(own_threads()))))
-            self._pipe = os.open(self.path / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
+            with uninterrupted():
+                self._make()
         except BaseException:
             self._remove()
             raise
@@ -107,13 +101,30 @@ class TraceInstance:
     ) -> None:
         self._remove()
 
+    def _make(self) -> None:
+        try:
+            self.path.mkdir()
+        except OSError as e:
+            raise HostError(f"trace instance {self.path}: {e.strerror}") from e
+        self._made = True
+        write(self.path / "buffer_size_kb", str(self._buffer_kib))
+        write(self.path / "options/stacktrace", "1" if self._stacks else "0")
+        if not self._all_tasks:
+            write(self.path / "options/event-fork", "1")
+            write(self.path / "set_event_pid", " ".join(map(str, sorted(own_threads()))))
+        self._pipe = os.open(self.path / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
+
     def _remove(self) -> None:
-        write(self.path / "tracing_on", "0")
-        write(self.path / "events/enable", "0")
-        if self._pipe >= 0:
-            os.close(self._pipe)
-            self._pipe = -1
-        self.path.rmdir()
+        if not self._made:
+            return
+        with uninterrupted():
+            self._made = False
+            write(self.path / "tracing_on", "0")
+            write(self.path / "events/enable", "0")
+            if self._pipe >= 0:
+                os.close(self._pipe)
+                self._pipe = -1
+            self.path.rmdir()
 
     def enable(self, event: str) -> None:
         """Start recording ``group/name``."""

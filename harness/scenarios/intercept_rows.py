@@ -5,12 +5,13 @@ APM vol. 2, 15.9 Instruction Intercepts, appendix B (intercept bits), appendix C
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from harness.machine.addresses import Gpa
 from harness.proxy.instance import PROXY_CR4
-from harness.proxy.layout import GDT_TSS
+from harness.proxy.layout import GDT_TSS, TABLES_OFFSET
 from harness.proxy.level import GuestLevel, Level
 from harness.proxy.ops import Op, instruction
 from harness.proxy.program import UD
@@ -30,6 +31,8 @@ _IRET_TO_NEXT = bytes.fromhex("4889e0 8cd1 51 50 9c 8cc9 51 488d0d03000000 51 48
 lea 1f(%rip), %rcx; push %rcx; iretq; 1:"""
 
 _IRET_FRAME_BYTES = 40
+_DESCRIPTOR_TYPE_OFFSET = 5
+_AVAILABLE_TSS64 = 0x89
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Row:
     """Not intercepted it does what it does in L1: some CPUs have it, others raise an exception."""
     skinit: bool = False
     """It exists only where CPUID Fn8000_0001_ECX[SKINIT] is set; elsewhere #UD goes first."""
+    prepare: Callable[[Level], None] = lambda _: None
+    """What is done once before it is executed."""
     pops: int = 0
     """What the host adds to RSP when it skips the instruction, in bytes."""
     vmcb: Mapping[str, int] = field(default_factory=dict)
@@ -59,6 +64,7 @@ class Row:
 
     def op(self, level: Level) -> Op:
         """Return the operation that executes the code at a level; RBX is scratch memory."""
+        self.prepare(level)
         values = {"rbx": SCRATCH} | dict(self.registers)
         registers = {k: level.scratch if v == SCRATCH else v for k, v in values.items()}
         return level.exec_op(self.code, user=False, **registers)
@@ -94,6 +100,7 @@ def _row(
     pops: int = 0,
     as_in_l1: bool = False,
     skinit: bool = False,
+    prepare: Callable[[Level], None] = lambda _: None,
     vmcb: Mapping[str, int] | None = None,
     **registers: int,
 ) -> Row:
@@ -112,8 +119,15 @@ def _row(
         pops=pops,
         as_in_l1=as_in_l1,
         skinit=skinit,
+        prepare=prepare,
         vmcb=vmcb or {},
     )
+
+
+def _make_tss_available(level: Level) -> None:
+    """Clear the busy bit of the TSS descriptor: LTR wants it clear."""
+    at = Gpa(level.instance.gpa + TABLES_OFFSET + GDT_TSS + _DESCRIPTOR_TYPE_OFFSET)
+    level.cpu.machine.memory.write_int(at, 1, _AVAILABLE_TSS64)
 
 
 def _control_registers() -> Iterator[Row]:
@@ -138,7 +152,8 @@ def _instructions() -> Iterator[Row]:
     yield _row("LIDT", bit.INTERCEPT_LOAD_IDTR, code.SVM_EXIT_IDTR_WRITE, before="SIDT")
     yield _row("LGDT", bit.INTERCEPT_LOAD_GDTR, code.SVM_EXIT_GDTR_WRITE, before="SGDT")
     yield _row("LLDT", bit.INTERCEPT_LOAD_LDTR, code.SVM_EXIT_LDTR_WRITE)
-    yield _row("LTR", bit.INTERCEPT_LOAD_TR, code.SVM_EXIT_TR_WRITE, rax=GDT_TSS)
+    load_tr = bit.INTERCEPT_LOAD_TR
+    yield _row("LTR", load_tr, code.SVM_EXIT_TR_WRITE, prepare=_make_tss_available, rax=GDT_TSS)
     yield _row("RDTSC", bit.INTERCEPT_RDTSC, code.SVM_EXIT_RDTSC)
     yield _row("RDPMC", bit.INTERCEPT_RDPMC, code.SVM_EXIT_RDPMC, as_in_l1=True)
     yield _row("PUSHF", bit.INTERCEPT_PUSHF, code.SVM_EXIT_PUSHF, length=1, pops=-8)

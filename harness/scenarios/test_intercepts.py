@@ -17,13 +17,11 @@ from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
 from harness.scenarios.intercept_rows import BY_NAME, address_of, set_intercept
 from harness.scenarios.l2 import expect_exit, expect_fault, expect_no_fault, proxy_machine
-from harness.svm.cpuid import Leaf
+from harness.svm.cpuid import ExtendedFeaturesEcx, Leaf
 from harness.svm.exit_codes import ExitCode, describe
 from harness.svm.msrs import Cr0
 from kvm_ioctl.exits import HltExit, ShutdownExit
 
-_SKINIT = 12
-"""Bit of CPUID Fn8000_0001_ECX."""
 HANG_S = 5.0
 """An instruction that takes longer hangs."""
 
@@ -38,7 +36,8 @@ def test_instruction_exits_if_and_only_if_intercepted(context: Context, instruct
     fault = l2.do(op).vector
     wanted = l1.do(row.op(l1)).vector if row.as_in_l1 else row.fault
     context.expect("its exception, not intercepted", fault, wanted, _show_vector)
-    if row.skinit and not l1.cpuid(Leaf.EXTENDED_FEATURES)["rcx"] >> _SKINIT & 1:
+    features = ExtendedFeaturesEcx(l1.cpuid(Leaf.EXTENDED_FEATURES)["rcx"])
+    if row.skinit and not features.SKINIT:
         context.note("no SKINIT in CPUID: #UD may go before the intercept")
         return
     set_intercept(l2, row.intercept)

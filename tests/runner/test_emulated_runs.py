@@ -126,8 +126,7 @@ def finished(kernel, tmp_path_factory):
         )
         before = run.events()
         assert run.process.poll() is None, run.end()
-        [machine] = run.machines()
-        machine.kill()
+        run.machines()[0].kill()
         return Finished(run, before)
 
 
@@ -223,7 +222,7 @@ def test_last(context):
 
 @pytest.fixture
 def waiting(one_kernel, tmp_path):
-    """A run in the middle of its second scenario, and its machine."""
+    """A run in the middle of its second scenario, and its machines."""
     file = tmp_path / "waiting.py"
     file.write_text(WAITING)
     with Nsvm("run", "--kernel", one_kernel, file, results=tmp_path / "results") as run:
@@ -232,17 +231,18 @@ def waiting(one_kernel, tmp_path):
             "the scenario waits",
         )
         assert run.process.poll() is None, run.end()
-        [machine] = run.machines()
-        yield run, machine
+        machines = run.machines()
+        assert machines
+        yield run, machines
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_is_told_to_stop_ends_its_machine_and_records_what_never_ran(waiting, number):
-    run, machine = waiting
+def test_a_run_that_is_told_to_stop_ends_its_machines_and_records_what_never_ran(waiting, number):
+    run, machines = waiting
     run.process.send_signal(number)
     status, output = run.end()
     assert status == 2
-    assert not machine.is_running()
+    assert not [machine for machine in machines if machine.is_running()]
     ends = run.ends()
     verdicts = {case: end["verdict"] for case, end in ends.items()}
     assert verdicts == {"first": "PASS", "waits": "MISS", "last": "MISS"}, output
@@ -251,11 +251,11 @@ def test_a_run_that_is_told_to_stop_ends_its_machine_and_records_what_never_ran(
     assert "Traceback" not in output
 
 
-def test_a_run_that_is_killed_takes_its_machine_with_it(waiting):
-    run, machine = waiting
+def test_a_run_that_is_killed_takes_its_machines_with_it(waiting):
+    run, machines = waiting
     run.process.kill()
     run.end()
-    wait_until(lambda: not machine.is_running(), "the machine is gone", 30)
+    wait_until(lambda: not any(machine.is_running() for machine in machines), "all are gone", 60)
     assert said(run.events(), "waits")["emit"] == ["waiting"]
 
 

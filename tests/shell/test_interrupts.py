@@ -80,8 +80,7 @@ def test_inside_the_harness_it_kicks_and_waits_for_the_return(kicks, interrupts)
     assert len(kicks) == count
 
 
-@pytest.mark.usefixtures("interrupts")
-def test_what_a_kick_raises_is_not_replaced(kicks):
+def test_what_a_kick_raises_is_not_replaced(kicks, interrupts):
     for _ in range(20):
         kicks.clear()
 
@@ -92,6 +91,7 @@ def test_what_a_kick_raises_is_not_replaced(kicks):
 
         with pytest.raises(ValueError, match="kicked"):
             typed("while True: inside(work)", work=work)
+        interrupts.line_ended()
 
 
 @pytest.mark.usefixtures("interrupts")

@@ -161,7 +161,7 @@ def test_uncached_field_is_loaded_always(context: Context, field: str) -> None:
         context.expect(field, again.vmcb[field], wanted, hex)
 
 
-@scenario(needs=[nested_svm], axes={"svme_toggled": (False, True)}, levels=2, quick=True)
+@scenario(needs=[nested_svm], axes={"svme_toggled": (False, True)}, levels=2)
 def test_unchanged_vmcb_may_be_all_clean(context: Context, svme_toggled: bool) -> None:
     """A VMCB that was not changed runs with all clean bits set, EFER.SVME toggled or not."""
     l1 = proxy_machine(context).l1

@@ -54,7 +54,7 @@ def _set_gif(level: Level, gif: bool) -> None:
     level.do(simple("STGI" if gif else "CLGI")).regs  # noqa: B018 - raises GuestFault
 
 
-@scenario(needs=[nested_svm], quick=True)
+@scenario(needs=[nested_svm])
 def test_stgi_and_clgi_set_and_clear_gif(context: Context) -> None:
     """GIF is 1 after reset, CLGI clears and STGI sets it, as often as one likes."""
     l1 = proxy_machine(context).l1
@@ -231,7 +231,11 @@ def test_virtual_gif_survives_a_round_trip(context: Context, gif: bool) -> None:
 def test_virtual_gif_holds_virtual_interrupts(context: Context) -> None:
     """With V_GIF=0 a virtual interrupt stays pending; L2's STGI lets it in."""
     l2 = _vgif_guest(proxy_machine(context), gif=False)
-    context.expect("L2 answers", l2.ping(), True)
+    # The way to the handler is walked once before. Quirk of the emulated CPU: a virtual interrupt
+    # whose delivery takes a nested page fault is reported as an exception of its vector, and the
+    # CPU refuses that when KVM injects it again.
+    l2.do(l2.int_n(VECTOR)).regs  # noqa: B018 - raises GuestFault
+    l2.instance.clear_vectors()
     exit_ = l2.run_to_exit([vmmcall(), simple("STI_NOP"), simple("NOP1")])
     exit_.skip()
     exit_.vmcb.update({

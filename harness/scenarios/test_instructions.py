@@ -49,7 +49,7 @@ def _address_bits(l1: Level) -> int:
     return AddressSizesEax(l1.cpuid(Leaf.ADDRESS_SIZES)["rax"]).PHYSICAL
 
 
-@scenario(needs=[nested_svm], axes={"instruction": ALL_BUT_VMMCALL, "cpl": (0, 3)}, quick=True)
+@scenario(needs=[nested_svm], axes={"instruction": ALL_BUT_VMMCALL, "cpl": (0, 3)})
 def test_svm_instruction_without_svme_is_undefined(
     context: Context, instruction: str, cpl: int
 ) -> None:
@@ -73,7 +73,7 @@ def test_svm_instruction_without_svm_in_cpuid_is_undefined(
     expect_fault(context, instruction, l1.fault_of(op), UD)
 
 
-@scenario(needs=[nested_svm], axes={"instruction": PRIVILEGED}, quick=True)
+@scenario(needs=[nested_svm], axes={"instruction": PRIVILEGED})
 def test_svm_instruction_at_cpl_3_is_refused(context: Context, instruction: str) -> None:
     """With EFER.SVME=1 an SVM instruction at CPL 3 raises #GP(0)."""
     l1 = proxy_machine(context).l1
@@ -111,7 +111,7 @@ ADDRESSES: Final[Mapping[str, Callable[[int, int], int]]] = {
 """Illegal operands, from a legal one and MAXPHYADDR."""
 
 
-@scenario(needs=[nested_svm], axes={"instruction": WITH_VMCB}, quick=True)
+@scenario(needs=[nested_svm], axes={"instruction": WITH_VMCB})
 def test_illegal_vmcb_address_is_refused(context: Context, instruction: str) -> None:
     """VMRUN, VMLOAD and VMSAVE with RAX unaligned or beyond MAXPHYADDR raise #GP(0)."""
     policy = CpuidPolicy(physical_address_bits=GUEST_ADDRESS_BITS)
@@ -142,7 +142,7 @@ def test_unbacked_vmcb_address_goes_no_further(context: Context, instruction: st
     expect_fault(context, instruction, fault, GP, 0)
 
 
-@scenario(needs=[nested_svm], quick=True)
+@scenario(needs=[nested_svm])
 def test_vmrun_without_hsave_is_refused(context: Context) -> None:
     """VMRUN while VM_HSAVE_PA is 0 raises #GP(0)."""
     l1 = proxy_machine(context).l1

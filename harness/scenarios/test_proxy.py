@@ -143,7 +143,7 @@ def _expect_exit(context: Context, exit_: VmExit, host: Level, code: int) -> Non
 # Operations
 
 
-@scenario(needs=[nested_svm], axes={"level": LEVELS, "npt": (True, False)}, levels=3, quick=True)
+@scenario(needs=[nested_svm], axes={"level": LEVELS, "npt": (True, False)}, levels=3)
 def test_every_legal_operation_succeeds(context: Context, level: int, npt: bool) -> None:
     """Instructions that are legal at CPL 0 run at L1, L2 and L3 without an exception or exit."""
     target = _machine(context).level(level, npt=npt)
@@ -155,7 +155,7 @@ def test_every_legal_operation_succeeds(context: Context, level: int, npt: bool)
     context.expect("LOAD1", values["LOAD1"], 0x88, hex)
 
 
-@scenario(needs=[nested_svm], axes={"level": LEVELS, "npt": (True, False)}, levels=3, quick=True)
+@scenario(needs=[nested_svm], axes={"level": LEVELS, "npt": (True, False)}, levels=3)
 def test_every_exception_is_reported(context: Context, level: int, npt: bool) -> None:
     """Each illegal operation raises its exception at the level that executes it."""
     target = _machine(context).level(level, npt=npt)
@@ -176,7 +176,7 @@ def test_privileged_instructions_raise_gp_at_cpl_3(context: Context, level: int)
     context.expect("a load at CPL 3", target.do(load(target.scratch).user).vector, None)
 
 
-@scenario(needs=[nested_svm], axes={"level": LEVELS}, levels=3, quick=True)
+@scenario(needs=[nested_svm], axes={"level": LEVELS}, levels=3)
 def test_svm_instructions_at_cpl_0_and_3(context: Context, level: int) -> None:
     """With EFER.SVME set, SVM instructions raise #GP at CPL 3; at CPL 0 STGI and CLGI succeed."""
     target = _machine(context).level(level)
@@ -283,7 +283,7 @@ def test_read_only_nested_page(context: Context) -> None:
     context.expect("present, write, user", exit_.exit_info_1 & 0x7, 0x7, hex)
 
 
-@scenario(needs=[nested_svm], axes={"field": ("asid", "intercept.vmrun")}, levels=2, quick=True)
+@scenario(needs=[nested_svm], axes={"field": ("asid", "intercept.vmrun")}, levels=2)
 def test_vmrun_refuses_an_inconsistent_vmcb(context: Context, field: str) -> None:
     """VMRUN with ASID 0, or without the VMRUN intercept, ends at once with VMEXIT_INVALID."""
     l2 = _machine(context).l1.launch(vmcb={field: 0})
@@ -391,7 +391,7 @@ def test_refused_vmrun_of_l2_is_seen_by_l2(context: Context) -> None:
 # SMM
 
 
-@scenario(needs=[nested_svm], axes={"level": LEVELS, "npt": (True, False)}, levels=3, quick=True)
+@scenario(needs=[nested_svm], axes={"level": LEVELS, "npt": (True, False)}, levels=3)
 def test_smi_and_rsm_come_back_to_the_level(context: Context, level: int, npt: bool) -> None:
     """An SMI interrupts any level, its save area says whether a guest; RSM goes on there."""
     machine = _machine(context, smm=True)

@@ -206,7 +206,7 @@ def test_vmexit_leaves_what_is_l1s(context: Context, fields: str) -> None:
         context.expect(field, _bytes_of(after, field), _bytes_of(before, field), bytes.hex)
 
 
-@scenario(needs=[nested_svm], axes={"field": ("tlb_ctl", "clean", "asid")}, levels=2, quick=True)
+@scenario(needs=[nested_svm], axes={"field": ("tlb_ctl", "clean", "asid")}, levels=2)
 def test_vmexit_keeps_what_l1_writes_while_l2_runs(context: Context, field: str) -> None:
     """A field that #VMEXIT does not write keeps what L1 wrote there while L2 was running."""
     machine = proxy_machine(context)
@@ -356,7 +356,7 @@ def test_vmexit_disables_l1s_breakpoints(context: Context) -> None:
     context.expect("DR7", l1.do(read_dr(7)).value, 0x400, hex)
 
 
-@scenario(needs=[nested_svm], levels=2, quick=True)
+@scenario(needs=[nested_svm], levels=2)
 def test_vmexit_clears_gif(context: Context) -> None:
     """VMRUN sets GIF, #VMEXIT clears it."""
     machine = proxy_machine(context)

@@ -266,7 +266,7 @@ def _refused(
     return exit_
 
 
-@scenario(needs=[nested_svm, npt], axes={"refusal": tuple(REFUSALS)}, levels=2, quick=True)
+@scenario(needs=[nested_svm, npt], axes={"refusal": tuple(REFUSALS)}, levels=2)
 def test_refusal_is_minus_one_in_all_64_bits(context: Context, refusal: str) -> None:
     """The exit code of a refused VMRUN is -1 in all 64 bits."""
     exit_ = _refused(context, refusal)

@@ -77,8 +77,9 @@ def pool(monkeypatch):
     """Return a function that opens a pool of fake hosts of one kind."""
     made = []
 
-    def make(choice, params, log):
+    def make(choice, params, log, *, keep_spare):
         made.append(FakeHost(choice.host, dict(params)))
+        made[-1].keeps_spare = keep_spare
         return made[-1]
 
     monkeypatch.setattr(hosts, "make_host", make)
@@ -99,6 +100,8 @@ def test_every_case_gets_a_fresh_emulated_machine(pool):
         sessions = [opened.session({})[1] for _ in range(3)]
     assert starts(pool) == [3]
     assert len(set(sessions)) == 3
+    # The next one is started while this one works.
+    assert [host.keeps_spare for host in pool.made] == [True]
 
 
 @pytest.mark.parametrize(("kind", "options"), [("local", {}), ("emulated", {"fresh": False})])
@@ -107,6 +110,7 @@ def test_a_local_host_and_a_shared_machine_are_kept(pool, kind, options):
         sessions = [opened.session({})[1] for _ in range(3)]
     assert starts(pool) == [1]
     assert len(set(sessions)) == 1
+    assert [host.keeps_spare for host in pool.made] == [options.get("fresh", True)]
 
 
 def test_a_dropped_session_is_made_anew(pool):

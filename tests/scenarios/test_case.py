@@ -95,7 +95,7 @@ def declared_in_the_tree():
 
 @pytest.mark.parametrize("declared", [*declared_in_the_tree()], ids=lambda declared: declared.name)
 def test_each_is_declared_well(declared):
-    assert re.fullmatch(r"[A-Z].*\.", declared.claim), "a claim is one sentence in one line"
+    assert re.fullmatch(r"[A-Z#].*\.", declared.claim), "a claim is one sentence in one line"
     assert declared.function.__name__.startswith("test_")
     assert declared.timeout_s > 0
     arguments = declared.function.__code__.co_varnames[1 : declared.function.__code__.co_argcount]

@@ -59,7 +59,7 @@ class Conversation:
         self._previous = signal.signal(signal.SIGINT, self._on_interrupt)
         self._thread.start()
         try:
-            self._wait("ready", None, START_S)
+            self._wait("ready", None, START_S, self._interrupts)
         except BaseException:
             self._end()
             raise
@@ -100,9 +100,10 @@ class Conversation:
 
         """
         self._number += 1
+        seen = self._interrupts
         request = {"do": do, "number": self._number, **arguments}
         self._session.send_input(json.dumps(request) + "\n")
-        return self._wait("answer", self._number, timeout_s)
+        return self._wait("answer", self._number, timeout_s, seen)
 
     def look(self) -> None:
         """Hand on what has come unasked: the kernel's log, or the end of the host."""
@@ -122,10 +123,11 @@ class Conversation:
             end = HostError(f"the channel broke: {e}")
         self._events.put(end)
 
-    def _wait(self, kind: str, number: int | None, timeout_s: float | None) -> dict[str, Any]:
+    def _wait(
+        self, kind: str, number: int | None, timeout_s: float | None, passed_on: int
+    ) -> dict[str, Any]:
         interrupt_at = None if timeout_s is None else time.monotonic() + timeout_s
         give_up_at = None
-        passed_on = self._interrupts
         while True:
             event = self._next(_LOOK_S)
             if self._interrupts > passed_on:

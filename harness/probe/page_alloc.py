@@ -22,6 +22,8 @@ PAGE_SIZE = 4096
 
 #: Where userspace enters KVM; the same names from 5.10 to 7.3.
 _ENTRIES = {"kvm_vcpu_ioctl", "kvm_vm_ioctl", "kvm_dev_ioctl"}
+#: Entries for exceptions and interrupts (asm_exc_page_fault, asm_sysvec_apic_timer_interrupt, ...).
+_INTERRUPTED = "asm_"
 _SLAB = re.compile(r"^(allocate_slab|new_slab|___slab_alloc)$")
 #: Frames of the tracer and of the allocator itself, passed over to find who asked for memory.
 _ALLOCATOR = re.compile(
@@ -50,9 +52,15 @@ class CallSite:
 
 
 def call_site(event: TraceEvent) -> CallSite | None:
-    """Return the KVM call site of an allocation; None if it is not KVM's, or only for slab."""
+    """Return the KVM call site of an allocation; None if it is not KVM's, or only for slab.
+
+    It is not KVM's if what asked had interrupted KVM's ioctl: an interrupt, or a fault on this
+    process's own memory while KVM copied from or to it.
+    """
     entry = next((n for n, frame in enumerate(event.stack) if frame in _ENTRIES), None)
     if entry is None or any(_SLAB.match(frame) for frame in event.stack):
+        return None
+    if any(frame.startswith(_INTERRUPTED) for frame in event.stack[:entry]):
         return None
     inner = [frame for frame in event.stack[: entry + 1] if not _ALLOCATOR.match(frame)]
     return CallSite(inner[0], int(event.fields["order"]), tuple(inner[1:]))

@@ -6,6 +6,7 @@ injecting virtual (INTR) interrupts, interrupt shadows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,6 +26,7 @@ from harness.svm.vmcb import IntCtl
 
 HANG_S = 5.0
 VECTOR: Final = 0x60
+_OTHER_VECTOR = 0x61
 RFLAGS_IF: Final = 1 << 9
 _VMMCALL = instruction("VMMCALL").code
 _NOP = instruction("NOP1").code
@@ -42,24 +44,35 @@ def _int_ctl(l2: GuestLevel) -> IntCtl:
     return IntCtl(l2.vmcb["control.int_ctl"])
 
 
+def _l2_with(context: Context, fields: Mapping[str, int]) -> GuestLevel:
+    """Return an L2 that has delivered an interrupt before it gets these fields.
+
+    QEMU's TCG does not survive a nested fault in the delivery of a virtual interrupt: #VMEXIT has
+    exit code 0xffffffff and a wrong RIP. So IDT, stack and handler are to be mapped by KVM by then.
+    """
+    l2 = proxy_machine(context, timeout_s=HANG_S).l1.launch()
+    l2.run(l2.int_n(_OTHER_VECTOR))
+    l2.configure(fields)
+    return l2
+
+
 # Virtual interrupts
 
 
 @scenario(needs=[nested_svm], axes={"masking": (0, 1)}, levels=2)
 def test_virtual_interrupt_is_taken_once(context: Context, masking: int) -> None:
     """A virtual interrupt goes through L2's IDT once L2 sets IF, and V_IRQ is clear then."""
-    machine = proxy_machine(context, timeout_s=HANG_S)
-    l2 = machine.l1.launch(vmcb=_virq(V_INTR_MASKING=masking))
+    l2 = _l2_with(context, _virq(V_INTR_MASKING=masking))
     l2.run([nop(), simple("STI_NOP_CLI"), simple("STI_NOP_CLI")])
     context.expect("interrupts in L2", l2.counted(VECTOR), 1)
-    context.expect("interrupts in L1", machine.l1.counted(VECTOR), 0)
+    context.expect("interrupts in L1", l2.host.counted(VECTOR), 0)
     context.expect("V_IRQ after #VMEXIT", _int_ctl(l2).V_IRQ, 0)
 
 
 @scenario(needs=[nested_svm], levels=2)
 def test_virtual_interrupt_waits_for_if(context: Context) -> None:
     """With RFLAGS.IF clear in L2 a virtual interrupt stays pending, over #VMEXIT and VMRUN."""
-    l2 = proxy_machine(context, timeout_s=HANG_S).l1.launch(vmcb=_virq())
+    l2 = _l2_with(context, _virq())
     l2.ping()
     context.expect("interrupts with IF=0", l2.counted(VECTOR), 0)
     int_ctl = _int_ctl(l2)
@@ -96,7 +109,7 @@ def test_virtual_interrupt_needs_a_priority_above_v_tpr(context: Context, case: 
     """A virtual interrupt is taken if V_INTR_PRIO is above V_TPR, or with V_IGN_TPR."""
     p = PRIORITIES[case]
     fields = _virq(p.priority, V_INTR_MASKING=1, V_TPR=p.tpr, V_IGN_TPR=p.ignore)
-    l2 = proxy_machine(context, timeout_s=HANG_S).l1.launch(vmcb=fields)
+    l2 = _l2_with(context, fields)
     l2.run(simple("STI_NOP_CLI"))
     context.expect("interrupts", l2.counted(VECTOR), int(p.taken))
     context.expect("V_IRQ", _int_ctl(l2).V_IRQ, int(not p.taken))
@@ -127,7 +140,7 @@ def test_cr8_without_masking_is_the_hosts(context: Context) -> None:
 @scenario(needs=[nested_svm], levels=2)
 def test_cr8_of_l2_holds_a_virtual_interrupt_back(context: Context) -> None:
     """A virtual interrupt that CR8 of L2 holds back is taken once L1 lowers V_TPR."""
-    l2 = proxy_machine(context, timeout_s=HANG_S).l1.launch(vmcb=_virq(8, V_INTR_MASKING=1))
+    l2 = _l2_with(context, _virq(8, V_INTR_MASKING=1))
     l2.run([write_cr(8, 9), simple("STI_NOP")])
     context.expect("with CR8 above", l2.counted(VECTOR), 0)
     l2.configure({"int_ctl.V_TPR": 7})

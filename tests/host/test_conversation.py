@@ -59,7 +59,7 @@ def test_answers_belong_to_their_requests(talk, said):
 
 def test_interrupt_is_passed_on_and_breaks_nothing_here(talk, said):
     with talk() as conversation:
-        timer = press_after(0.3)
+        timer = press_after(1.0)
         assert conversation.ask("wait")["done"] == "wait"
         timer.join()
         assert conversation.ask("more")["done"] == "more"
@@ -78,7 +78,7 @@ def test_a_deadline_interrupts(talk, said):
 def test_what_ignores_it_is_given_up(talk, monkeypatch, timeout_s):
     monkeypatch.setattr(module, "GRACE_S", 0.5)
     with talk() as conversation:
-        timer = press_after(0.2)
+        timer = press_after(1.0)
         with pytest.raises(HostError, match="no answer within 0 s of an interrupt"):
             conversation.ask("hang", timeout_s)
         timer.join()

@@ -53,6 +53,37 @@ def test_only_what_is_asked_for_below_efers_setter_is_nested_state(kernel):
     assert page.via[-1] == "kvm_vcpu_ioctl"
 
 
+# On 5.10, under memory pressure.
+FAULT_IN_AN_IOCTL = """\
+            init-68      [000] ....     7.1: mm_page_alloc: page=1 pfn=29125 order=0 migratetype=1
+            init-68      [000] ....     7.2: <stack trace>
+ => trace_event_raw_event_mm_page_alloc
+ => __alloc_pages_nodemask
+ => alloc_pages_vma
+ => wp_page_copy
+ => handle_mm_fault
+ => do_user_addr_fault
+ => exc_page_fault
+ => asm_exc_page_fault
+ => copy_user_generic_unrolled
+ => _copy_to_user
+ => msr_io
+ => kvm_arch_vcpu_ioctl
+ => kvm_vcpu_ioctl
+ => __x64_sys_ioctl
+"""
+
+
+@pytest.mark.parametrize(
+    "entry", ["asm_exc_page_fault", "asm_sysvec_apic_timer_interrupt", "asm_common_interrupt"]
+)
+def test_what_interrupts_an_ioctl_did_not_ask_for_kvm(entry):
+    [event] = parse(FAULT_IN_AN_IOCTL.replace("asm_exc_page_fault", entry))
+    assert call_site(event) is None
+    [event] = parse(FAULT_IN_AN_IOCTL.replace("asm_exc_page_fault", "called"))
+    assert call_site(event) is not None
+
+
 def test_a_setter_that_asks_itself_is_nested_state_too():
     """Should the compiler inline svm_allocate_nested one day."""
     assert CallSite("svm_set_efer", 0, ("kvm_vcpu_ioctl",)).is_nested

@@ -25,6 +25,7 @@ from harness.scenarios.context import Context
 from harness.scenarios.l2 import expect_exit, expect_fault, gif_of, proxy_machine
 from harness.scenarios.offered import vgif_for_l1
 from harness.svm.exit_codes import ExitCode
+from harness.svm.msrs import Efer, Msr
 from harness.svm.vmcb import IntCtl
 
 VECTOR: Final = 0x61
@@ -71,7 +72,7 @@ def test_svme_cleared_leaves_gif(context: Context, gif: bool) -> None:
     l1 = proxy_machine(context).l1
     l1.enable_svm()
     _set_gif(l1, gif)
-    l1.wrmsr(0xC000_0080, l1.rdmsr(0xC000_0080) & ~(1 << 12))
+    l1.wrmsr(Msr.MSR_EFER, Efer(l1.rdmsr(Msr.MSR_EFER)).replace(SVME=0))
     context.expect("GIF", gif_of(l1), gif)
 
 

@@ -1,5 +1,6 @@
 """`nsvm` as a process of its own, and what it leaves."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -64,10 +65,14 @@ class Nsvm:
         """Return the QEMU processes that it runs: the one in use, then any kept in reserve."""
         try:
             children = psutil.Process(self.process.pid).children()
-            machines = [child for child in children if child.name().startswith(QEMU[:15])]
-            return sorted(machines, key=lambda machine: machine.create_time())
         except psutil.NoSuchProcess:
             return []
+        machines = []
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.name().startswith(QEMU[:15]):
+                    machines.append(child)
+        return sorted(machines, key=lambda machine: machine.create_time())
 
     def events(self):
         """Return what is in its results so far."""

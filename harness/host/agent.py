@@ -42,6 +42,7 @@ _CLEAN_UP_S = 5.0
 #: For what a dead child's own children may go on to write.
 _DRAIN_S = 1.0
 _KVM_CREATE_VM = 0xAE01
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _BUNDLES = Path("/run/nsvm")
 
 
@@ -295,6 +296,8 @@ def _child(
         faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
         # SIGTERM must run the context managers that give the machine back as it was.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        # Also if the agent itself is killed: nobody else would end this call.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         # An agent that was started in the background may have inherited SIG_IGN.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         status = _invoke(command, Channel(-1, events).send)

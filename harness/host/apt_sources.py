@@ -4,10 +4,13 @@ Both formats are read: one line per source (`*.list`) and paragraphs (deb822, `*
 itself answers this only for sources whose lists it has downloaded, and container images have none.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from harness.errors import HostError
 
 DEBIAN_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
@@ -46,19 +49,29 @@ class Mirrors:
     security: Mirror
 
 
-DEFAULT = Mirrors(
-    Mirror("http://deb.debian.org/debian"), Mirror("http://deb.debian.org/debian-security")
-)
-"""For a machine whose sources name no Debian archive (another distribution's)."""
+MIRROR_VARIABLE = "NSVM_MIRROR"
+"""Environment variable: the URI of a Debian archive, for machines of other distributions."""
 
 
 def machine_mirrors(etc_apt: Path = Path("/etc/apt")) -> Mirrors:
-    """Return the Debian roots that this machine's own apt sources name, else DEFAULT's."""
+    """Return the Debian roots that this machine's own apt sources name, or $NSVM_MIRROR.
+
+    The security archive, where it is not named, is the main one's neighbour.
+
+    Raises:
+        HostError: neither names one.
+    """
     sources = list(read_sources(etc_apt))
-    return Mirrors(
-        main=_pick(sources, security=False) or DEFAULT.main,
-        security=_pick(sources, security=True) or DEFAULT.security,
-    )
+    named = os.environ.get(MIRROR_VARIABLE, "").rstrip("/")
+    main = Mirror(named) if named else _pick(sources, security=False)
+    security = _pick(sources, security=True)
+    if main is None and security is not None:
+        main = replace(security, uri=security.uri.removesuffix("-security"))
+    if main is None:
+        raise HostError(
+            f"this machine's apt sources name no Debian archive (set {MIRROR_VARIABLE} to its URI)"
+        )
+    return Mirrors(main, security or replace(main, uri=f"{main.uri}-security"))
 
 
 def read_sources(etc_apt: Path) -> Iterator[Source]:

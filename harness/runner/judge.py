@@ -56,6 +56,10 @@ def _evidence(result: CallResult) -> dict[str, str]:
 
 
 def judge_lost(lost: HostLost, seconds: float) -> Outcome:
-    """Return the outcome of a case during which the host died: a FAIL, with its last words."""
+    """Return the outcome of a case during which the host died: a FAIL, with its last words.
+
+    An emulated host that hung without a word is the emulation's fault, and no verdict on KVM.
+    """
     evidence = {"console": lost.console} if lost.console else {}
-    return Outcome(Verdict.FAIL, f"the host was lost: {lost}", seconds, evidence)
+    verdict = Verdict.ERROR if lost.silent else Verdict.FAIL
+    return Outcome(verdict, f"the host was lost: {lost}", seconds, evidence)

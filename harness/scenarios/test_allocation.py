@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from harness.errors import Unsupported
 from harness.facts import nested_svm, nested_svm_off
 from harness.machine.cpuid import CpuidPolicy
 from harness.machine.guest_abi import Command, Stage
 from harness.machine.svme_guest import SvmeGuest
 from harness.model.allocation import VcpuState, created, set_svme
+from harness.probe.memcg import MemcgProbe
 from harness.probe.page_alloc import PageAllocProbe
 from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
@@ -153,6 +155,9 @@ def test_closing_a_vm_leaks_nothing(context: Context, stage: str, vcpus: int, pr
     # What the first VM of a process costs for good (caches, per-CPU lists) is paid before.
     _run_and_close(context, stage, vcpus)
     counter = context.enter(MEMORY_PROBES[probe]())
+    if isinstance(counter, MemcgProbe) and counter.source == "memory.current":
+        # Memory of a whole VM comes and goes between two of its lines; a leak would not show.
+        raise Unsupported(f"{counter.source} counts user pages too; memory.stat has no line kernel")
     _run_and_close(context, stage, vcpus)
     before = read_settled(counter)
     for _ in range(3):

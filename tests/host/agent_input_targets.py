@@ -1,6 +1,7 @@
 """What the tests of a call's standard input have an agent call."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,8 @@ def close_input(emit, go):
 
 
 def read_to_the_end(emit, file):
+    # The end of the agent is told by SIGTERM too; this is about the input.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     emit("reading")
     sys.stdin.read()
     Path(file).write_text("end")

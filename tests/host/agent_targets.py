@@ -56,19 +56,19 @@ def ignore_everything(emit, pid_file=None):
 
 
 @contextlib.contextmanager
-def borrowed(path):
+def borrowed(path, last_words):
     with open(path, "w") as file:
         file.write("borrowed\n")
     try:
         yield
     finally:
-        # More than a pipe holds: whoever ends this call must go on reading.
-        print("x" * 200_000)
+        print("x" * last_words, end="")
         os.unlink(path)
 
 
-def borrow(emit, path):
-    with borrowed(path):
+def borrow(emit, path, last_words=200_000):
+    """Borrow; by default say more at the end than a pipe holds: somebody must go on reading."""
+    with borrowed(path, last_words):
         loop_for_ever(emit)
 
 

@@ -318,6 +318,15 @@ def test_closing_the_channel_ends_even_a_call_that_ignores_it(agent, tmp_path):
     wait_until(lambda: not is_alive(pid), "the call's process outlived the agent")
 
 
+def test_a_killed_agents_call_cleans_up_and_ends(agent, tmp_path):
+    lent = tmp_path / "lent"
+    agent.call("borrow", path=str(lent), last_words=0)
+    pid = of_kind(agent.until("emit"), "begin")[0]["pid"]
+    agent.process.kill()
+    wait_until(lambda: not is_alive(pid), "the call's process outlived the agent")
+    assert not lent.exists()
+
+
 def test_power_off_ends_the_agent(agent):
     agent.send("power_off")
     assert agent.process.wait(30) == 0

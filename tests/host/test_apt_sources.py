@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
+from harness.errors import HostError
 from harness.host.apt_sources import (
     DEBIAN_KEYRING,
-    DEFAULT,
     Source,
     machine_mirrors,
     parse_deb822,
@@ -108,6 +108,11 @@ def test_old_security_suite_name_is_recognised(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "deb http://archive.example/ubuntu noble main\n"])
-def test_a_machine_of_another_distribution_gets_the_default(tmp_path, text):
+def test_a_machine_of_another_distribution_must_name_an_archive(tmp_path, text, monkeypatch):
     write(tmp_path, "sources.list", text)
-    assert machine_mirrors(tmp_path) == DEFAULT
+    with pytest.raises(HostError, match="name no Debian archive"):
+        machine_mirrors(tmp_path)
+    monkeypatch.setenv("NSVM_MIRROR", "http://m.example/debian/")
+    mirrors = machine_mirrors(tmp_path)
+    assert mirrors.main.uri == "http://m.example/debian"
+    assert mirrors.security.uri == "http://m.example/debian-security"

@@ -187,13 +187,17 @@ def test_every_case_says_on_what_it_ran(finished, kernel):
 
 def test_no_machine_is_left(finished):
     """By the command line: each has the directory of its harness in it."""
-    left = [
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if any("nsvm-host-" in word for word in process.info["cmdline"] or ())
-        and process.ppid() == 1
-    ]
-    assert left == []
+
+    def left():
+        return [
+            process.pid
+            for process in psutil.process_iter(["cmdline", "ppid"])
+            if any("nsvm-host-" in word for word in process.info["cmdline"] or ())
+            and process.info["ppid"] == 1
+        ]
+
+    # One that was killed is there for a moment longer.
+    wait_until(lambda: not left(), "no machine outlives its run", 60)
 
 
 # Being told to stop
@@ -259,12 +263,20 @@ def test_a_run_that_is_killed_takes_its_machines_with_it(waiting):
     assert said(run.events(), "waits")["emit"] == ["waiting"]
 
 
+def cpu_s(machine):
+    """Return the processor time of a machine; one that was replaced by another has had none."""
+    try:
+        return sum(machine.cpu_times()[:2])
+    except psutil.NoSuchProcess:
+        return 0
+
+
 def test_a_measurement_that_is_told_to_stop_ends_its_machine(one_kernel):
     arguments = ["memory", "--kernel", one_kernel, "--vcpus", 64, "--rounds", 100]
     with Nsvm(*arguments) as run:
         # Its processor time, not the clock: more than a warm start takes, less than this takes.
         machine = wait_until(
-            lambda: next((m for m in run.machines() if sum(m.cpu_times()[:2]) > 2), None),
+            lambda: next((m for m in run.machines() if cpu_s(m) > 2), None),
             "the machine is measuring",
             DEADLINE_S,
         )

@@ -78,8 +78,9 @@ def _report(host: Host, result: CallResult) -> dict[str, Any]:
     else:
         measured = dict(result.unwrap("measuring nested-state memory"))
     said = splats(event["text"] for event in result.kmsg)
-    if said or new_taints(*result.tainted):
-        measured |= {"verdict": "FAIL", "kernel_log": said}
+    tainted = [f"kernel tainted: {name}" for name in new_taints(*result.tainted)]
+    if said or tainted:
+        measured |= {"verdict": "FAIL", "kernel_log": [*said, *tainted]}
     return {"host": host.describe(), **measured, "seconds": result.seconds}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -89,8 +90,10 @@ class HostPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for host in self._hosts.values():
-            host.close()
+        # One that cannot be closed must not keep the others open.
+        with ExitStack() as stack:
+            for host in self._hosts.values():
+                stack.callback(host.close)
         self._hosts.clear()
         self._sessions.clear()
 

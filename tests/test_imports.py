@@ -15,6 +15,7 @@ SVM = ("kvm_ioctl", "harness.svm")
 MACHINE = (*SVM, "harness.errors", "harness.machine")
 PROBE = (*MACHINE, "harness.model", "harness.probe")
 PROXY = (*MACHINE, "harness.proxy")
+MIGRATE = (*MACHINE, "harness.migrate")
 
 #: What each part may import of this project. Third-party packages are for none of these.
 MAY_IMPORT = {
@@ -24,7 +25,14 @@ MAY_IMPORT = {
     "harness.machine": MACHINE,
     "harness.probe": PROBE,
     "harness.proxy": PROXY,
-    "harness.scenarios": (*PROBE, "harness.proxy", "harness.facts", "harness.scenarios"),
+    "harness.migrate": MIGRATE,
+    "harness.scenarios": (
+        *PROBE,
+        "harness.proxy",
+        "harness.migrate",
+        "harness.facts",
+        "harness.scenarios",
+    ),
 }
 
 #: These know results and files, not VMs.

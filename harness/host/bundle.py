@@ -28,6 +28,7 @@ CARRIED = (
     "harness/svm",
     "harness/machine",
     "harness/proxy",
+    "harness/migrate",
     "harness/model",
     "harness/probe",
     "harness/scenarios",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -12,6 +12,7 @@ from harness.machine.console import PortBus
 from harness.machine.cpuid import CpuidPolicy
 from harness.machine.entry import entry_regs, entry_sregs, prepare_entry, reserved_memory
 from harness.machine.errors import MachineError
+from harness.machine.gate import Gate
 from harness.machine.loader import Image, read_image
 from harness.machine.memory import SMRAM_AS_ID, GuestMemory
 from harness.machine.memory_map import MemoryRange
@@ -62,20 +63,25 @@ class Machine:
         if vcpus < 0 or memory_mib < 1:
             raise MachineError(f"no machine has {vcpus} vCPUs and {memory_mib} MiB")
         self.kvm = kvm
+        self.irqchip = irqchip
+        """Whether the interrupt controllers are in the kernel."""
         self.bus = self._make_bus()
+        self._gate = Gate()
         self.image = image if image is None or isinstance(image, Image) else read_image(image)
         self.vcpus: list[MachineVcpu] = []
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             WATCHDOG.install()
             stack.callback(WATCHDOG.uninstall)
-            # Closed after the VM, which uses the mappings until its end.
-            mappings = stack.enter_context(contextlib.ExitStack())
-            self.vm: Vm = stack.enter_context(kvm.create_vm())
-            self.memory = mappings.enter_context(GuestMemory(self.vm))
+            self.vm: Vm = kvm.create_vm()
+            self.memory = GuestMemory(self.vm)
+            # After the VM, which uses the mappings until its end. Both by way of `self`: `exchange`
+            # gives this machine others.
+            stack.callback(lambda: self.memory.close())
+            stack.callback(lambda: self.vm.close())
             self._add_memory(memory_mib << 20, smm, advice)
             self._load(command_line)
-            self._create_vcpus(stack, vcpus, cpuid or CpuidPolicy(), irqchip)
+            self._create_vcpus(vcpus, cpuid or CpuidPolicy(), irqchip)
             self._stack = stack.pop_all()
 
     @property
@@ -86,6 +92,34 @@ class Machine:
     def close(self) -> None:
         """Destroy the VM and free its memory; a second call does nothing."""
         self._stack.close()
+
+    @contextlib.contextmanager
+    def paused(self, timeout_s: float = 10.0) -> Iterator[None]:
+        """Hold all vCPUs back for the time of the `with`; those that run are got out of KVM_RUN.
+
+        Their threads wait, and go on as if nothing had happened.
+
+        Raises MachineError: a vCPU does not come out within `timeout_s` seconds.
+        """
+        with self._gate.shut(self.vcpus, timeout_s):
+            yield
+
+    def exchange(self, other: Machine) -> None:
+        """Swap the VMs of two machines of the same shape: handles, memory, vCPUs.
+
+        All that knows this machine goes on with the other's VM, which is how a machine is moved
+        while it is in use. Both must be paused or not running.
+
+        Raises MachineError: they differ in vCPUs or slots.
+        """
+        mine, theirs = _slot_places(self), _slot_places(other)
+        if len(self.vcpus) != len(other.vcpus) or mine != theirs:
+            raise MachineError("machines of different shapes cannot be exchanged")
+        self.kvm, other.kvm = other.kvm, self.kvm
+        self.vm, other.vm = other.vm, self.vm
+        self.memory.exchange(other.memory)
+        for one, another in zip(self.vcpus, other.vcpus, strict=True):
+            one.exchange(another)
 
     def __enter__(self) -> Self:
         return self
@@ -119,25 +153,26 @@ class Machine:
     # The parts
 
     def _add_memory(self, size_bytes: int, smm: bool, advice: Sequence[int]) -> None:
-        if self.vm.check_extension(Cap.KVM_CAP_SET_TSS_ADDR):
-            self.vm.set_tss_addr(_TSS_GPA)
+        self._set_tss_addr()
         for ram in self._ram(size_bytes):
             slot = self.memory.add(ram.gpa, ram.size_bytes, advice=advice)
             if smm:
                 self.memory.alias(slot, as_id=SMRAM_AS_ID)
+
+    def _set_tss_addr(self) -> None:
+        if self.vm.check_extension(Cap.KVM_CAP_SET_TSS_ADDR):
+            self.vm.set_tss_addr(_TSS_GPA)
 
     def _load(self, command_line: str) -> None:
         if self.image is not None:
             self.image.place(self.memory, reserved_memory(self.image.mode))
             prepare_entry(self.memory, self.image, command_line, self._memory_map())
 
-    def _create_vcpus(
-        self, stack: contextlib.ExitStack, count: int, cpuid: CpuidPolicy, irqchip: bool
-    ) -> None:
+    def _create_vcpus(self, count: int, cpuid: CpuidPolicy, irqchip: bool) -> None:
         self._create_devices(irqchip)
         supported = self.kvm.supported_cpuid()
         for index in range(count):
-            vcpu = stack.enter_context(self.vm.create_vcpu(index))
+            vcpu = self.vm.create_vcpu(index)
             # Before SREGS: newer kernels check EFER there against CPUID.
             vcpu.set_cpuid2(cpuid.entries(supported, index, count))
             if self.image is not None and self._enters(index):
@@ -146,4 +181,9 @@ class Machine:
                 if irqchip:
                     # With a local APIC in the kernel all but vCPU 0 wait for a SIPI.
                     vcpu.set_mp_state(kvm_mp_state(mp_state=MpState.KVM_MP_STATE_RUNNABLE))
-            self.vcpus.append(MachineVcpu(index, vcpu, self.vm, self.memory, self.bus))
+            self.vcpus.append(MachineVcpu(index, vcpu, self.vm, self.memory, self.bus, self._gate))
+
+
+def _slot_places(machine: Machine) -> list[tuple[int, int, int, int]]:
+    slots = machine.memory.all_slots()
+    return [(slot.as_id, slot.number, slot.gpa, slot.size_bytes) for slot in slots]

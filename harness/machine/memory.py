@@ -42,6 +42,8 @@ class Slot:
     size_bytes: int
     as_id: int
     backing: mmap.mmap
+    flags: int = 0
+    """KVM_MEM_*."""
 
     @property
     def end(self) -> Gpa:
@@ -166,6 +168,26 @@ class GuestMemory:
         """Write a struct to guest memory."""
         self.write(gpa, struct.as_bytes(), as_id)
 
+    def add_slot(self, number: int, gpa: Gpa, as_id: int, flags: int, backing: mmap.mmap) -> Slot:
+        """Show a mapping under a slot number of one's own choice; this memory owns it from now on.
+
+        Raises GuestMemoryError: the place or the number is taken.
+        Raises KvmError: KVM refused the slot.
+        """
+        self._check_place(gpa, len(backing), as_id)
+        if (as_id, number) in self._slots:
+            raise GuestMemoryError(f"slot {number} (as_id {as_id}) is taken")
+        return self._insert(gpa, as_id, flags, backing, number)
+
+    def all_slots(self) -> list[Slot]:
+        """Return the slots of all address spaces, by space and number."""
+        return [self._slots[key] for key in sorted(self._slots)]
+
+    def exchange(self, other: GuestMemory) -> None:
+        """Swap slots, mappings and VM with another one; addresses mean the other's memory then."""
+        self._vm, other._vm = other._vm, self._vm
+        self._slots, other._slots = other._slots, self._slots
+
     def close(self) -> None:
         """Unmap everything. The VM must be gone first, or it would use freed addresses."""
         backings = {id(slot.backing): slot.backing for slot in self._slots.values()}
@@ -179,10 +201,13 @@ class GuestMemory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _insert(self, gpa: Gpa, as_id: int, flags: int, backing: mmap.mmap) -> Slot:
-        used = {number for space, number in self._slots if space == as_id}
-        number = next(n for n in range(len(used) + 1) if n not in used)
-        slot = Slot(number, gpa, len(backing), as_id, backing)
+    def _insert(
+        self, gpa: Gpa, as_id: int, flags: int, backing: mmap.mmap, number: int | None = None
+    ) -> Slot:
+        if number is None:
+            used = {number for space, number in self._slots if space == as_id}
+            number = next(n for n in range(len(used) + 1) if n not in used)
+        slot = Slot(number, gpa, len(backing), as_id, backing, flags)
         self._vm.set_user_memory_region(
             number, slot.gpa, slot.hva, slot.size_bytes, flags=flags, as_id=as_id
         )

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from harness.errors import ScenarioFailure
 from harness.machine.console import GuestExit, PortBus, PortOut
+from harness.machine.errors import MachineError
+from harness.machine.gate import Gate
 from harness.machine.guest_abi import STAGE_PORT, Stage
 from harness.machine.hang import VcpuTimeout, describe_hang
 from harness.machine.memory import GuestMemory
@@ -20,6 +22,7 @@ STUCK_STATUS = 70
 """Exit status of a process that is ended because a thread cannot be got out of KVM_RUN."""
 
 _KEPT_EXITS = 8
+_MOST_PIECES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,19 @@ def event_text(event: Event) -> str:
 class MachineVcpu:
     """Runs one vCPU in the calling thread, answers its console, watches its time."""
 
-    def __init__(self, index: int, vcpu: Vcpu, vm: Vm, memory: GuestMemory, bus: PortBus) -> None:
+    def __init__(
+        self,
+        index: int,
+        vcpu: Vcpu,
+        vm: Vm,
+        memory: GuestMemory,
+        bus: PortBus,
+        gate: Gate | None = None,
+    ) -> None:
         self.index = index
+        self.inside = False
+        """Between passing the gate and having left KVM_RUN."""
+        self._gate = gate or Gate()
         self.vcpu = vcpu
         """The KVM handle, for any ioctl."""
         self.supervised = False
@@ -76,7 +90,7 @@ class MachineVcpu:
             self._arm(timeout_s)
             return self._enter(timeout_s)
         finally:
-            WATCHDOG.disarm(self._watch)
+            self._disarm()
 
     def run(self, timeout_s: float = 10.0) -> Event:
         """Run until there is an event that no device of the machine takes care of.
@@ -97,7 +111,7 @@ class MachineVcpu:
                     events.append(exit_)
             return events.popleft()
         finally:
-            WATCHDOG.disarm(self._watch)
+            self._disarm()
 
     def run_until(self, stage: Stage, timeout_s: float = 10.0) -> None:
         """Run until the guest reports exactly this stage next.
@@ -123,15 +137,41 @@ class MachineVcpu:
     def finish_io(self, timeout_s: float = 10.0) -> None:
         """Let KVM finish the last exit's instruction without running the guest any further.
 
-        To be done before a vCPU's state is saved: until then RIP may still be at the access.
+        To be done before a vCPU's state is saved: until then RIP may still be at the access. May be
+        called from another thread while a pause holds the vCPU back.
+
+        Raises MachineError: the instruction does not end, or the guest ran.
         """
-        try:
-            self._arm(timeout_s)
-            self.vcpu.run.immediate_exit = 1
-            self.vcpu.enter()
-        finally:
-            self.vcpu.run.immediate_exit = 0
-            WATCHDOG.disarm(self._watch)
+        for _ in range(_MOST_PIECES):
+            try:
+                WATCHDOG.arm(self._watch, self.vcpu.run, timeout_s)
+                self.vcpu.run.immediate_exit = 1
+                exit_ = self.vcpu.enter()
+            finally:
+                self.vcpu.run.immediate_exit = 0
+                WATCHDOG.disarm(self._watch)
+            if isinstance(exit_, Interrupted):
+                return
+            # A string instruction, or an access that was split: the next piece of it.
+            if not isinstance(exit_, IoExit):
+                raise MachineError(f"vCPU {self.index}: finishing its I/O ended in {exit_}")
+            self._last_exits.append(exit_)
+            self._handle_io(exit_)
+        raise MachineError(f"vCPU {self.index}: its I/O has more than {_MOST_PIECES} pieces")
+
+    @property
+    def waiting_events(self) -> tuple[Event, ...]:
+        """Events that happened and that no run has returned yet."""
+        return tuple(self._events)
+
+    def interrupt_run(self) -> None:
+        """Get the vCPU out of KVM_RUN, if it is in there, to wait at a closed gate."""
+        WATCHDOG.expire(self._watch)
+
+    def exchange(self, other: MachineVcpu) -> None:
+        """Swap the vCPUs in KVM of two that are not running; the rest stays with each."""
+        self.vcpu, other.vcpu = other.vcpu, self.vcpu
+        self._vm, other._vm = other._vm, self._vm
 
     def kick(self) -> None:
         """Stop the run that another thread is in: it returns `Kicked`. Without one, nothing."""
@@ -146,7 +186,10 @@ class MachineVcpu:
                 return exit_
             if self._kicked:
                 return Kicked()
-            if WATCHDOG.has_fired(self._watch):
+            if self._gate.closed:
+                self._disarm()
+                self._begin(timeout_s)
+            elif WATCHDOG.has_fired(self._watch):
                 raise self._timeout(timeout_s)
 
     def _timeout(self, timeout_s: float) -> VcpuTimeout:
@@ -169,7 +212,15 @@ class MachineVcpu:
 
     def _arm(self, timeout_s: float) -> None:
         self._kicked = False
+        self._begin(timeout_s)
+
+    def _begin(self, timeout_s: float) -> None:
+        self._gate.pass_through(self)
         WATCHDOG.arm(self._watch, self.vcpu.run, timeout_s)
+
+    def _disarm(self) -> None:
+        WATCHDOG.disarm(self._watch)
+        self.inside = False
 
     def _on_stuck(self) -> None:
         """Deal with a thread that no signal gets out of KVM_RUN; called by the watchdog."""

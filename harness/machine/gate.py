@@ -1,0 +1,84 @@
+"""Holding a machine's vCPUs back between two KVM_RUNs, while its state is taken or exchanged."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from harness.machine.errors import MachineError
+
+_POLL_S = 0.002
+_LONGEST_PAUSE_S = 600.0
+
+
+class Runner(Protocol):
+    """What a gate holds back."""
+
+    index: int
+    inside: bool
+    """Somewhere between passing the gate and having left KVM_RUN."""
+
+    def interrupt_run(self) -> None:
+        """Get the vCPU out of KVM_RUN, if it is in there."""
+
+
+class Gate:
+    """Open: vCPUs run. Closed: whoever is about to run waits."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._pauses = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether vCPUs are held back now."""
+        return self._pauses > 0
+
+    def pass_through(self, runner: Runner) -> None:
+        """Enter; waits while the gate is closed.
+
+        No lock is taken where it is open, for this is done for every run: the runner says that it
+        is inside and then looks at the gate, who closes it looks in the other order, and the GIL
+        keeps both.
+
+        Raises MachineError: it was closed for ten minutes.
+        """
+        runner.inside = True
+        while self.closed:
+            runner.inside = False
+            with self._changed:
+                if not self._changed.wait_for(lambda: not self.closed, _LONGEST_PAUSE_S):
+                    raise MachineError(
+                        f"vCPU {runner.index}: held back by a pause for {_LONGEST_PAUSE_S:g} s"
+                    )
+            runner.inside = True
+
+    @contextmanager
+    def shut(self, runners: Sequence[Runner], timeout_s: float) -> Iterator[None]:
+        """Close the gate for the time of the `with`, in which no runner is inside.
+
+        Raises MachineError: one does not come out within `timeout_s` seconds.
+        """
+        with self._changed:
+            self._pauses += 1
+        try:
+            self._clear(runners, timeout_s)
+            yield
+        finally:
+            with self._changed:
+                self._pauses -= 1
+                self._changed.notify_all()
+
+    def _clear(self, runners: Sequence[Runner], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while inside := [runner for runner in runners if runner.inside]:
+            if time.monotonic() > deadline:
+                names = ", ".join(f"vCPU {runner.index}" for runner in inside)
+                raise MachineError(f"{names}: not out of KVM_RUN within {timeout_s:g} s")
+            for runner in inside:
+                # Again and again: it may be on its way in, where nothing holds it yet.
+                runner.interrupt_run()
+            time.sleep(_POLL_S)

@@ -1,0 +1,1 @@
+"""Moving whole machines: capture, a stream of bytes, restore; nested state included."""

@@ -1,0 +1,105 @@
+"""Two machines that should be the same: where they are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Final
+
+from harness.machine.machine import Machine
+from harness.machine.memory import PAGE_SIZE
+from harness.migrate.fields import Fields, Value, state_fields
+from harness.migrate.memory_image import not_zero, populated
+from harness.migrate.shape import backings_of
+from harness.migrate.state import MachineState
+
+TIME: Final[Mapping[str, str]] = {
+    r"vcpu\d+\.msrs\.0x10": "MSR_IA32_TSC goes on while a machine is moved",
+    r"vcpu\d+\.msrs\.0x3b": "MSR_IA32_TSC_ADJUST follows writes of the TSC",
+    r"vcpu\d+\.msrs\.0x6e0": "MSR_IA32_TSC_DEADLINE is a TSC value",
+    r"vcpu\d+\.lapic\.0x390": "the APIC timer's current count is time",
+    r"clock\.(clock|flags|realtime|host_tsc)": "the kvmclock is time",
+    r"vcpu\d+\.msrs\.0x400000[12]0": "HV_X64_MSR_VP_RUNTIME and TIME_REF_COUNT are time",
+}
+"""Time counters, by expressions for whole names: what may differ between twins, and why."""
+
+_L1_STATE: Final = (
+    r"[ecsd]s\.\w+", r"[gi]dtr\.\w+", "rflags", "efer", "cr0", "cr3", "cr4", "rax", "rsp", "rip",
+    "cpl",
+)  # fmt: skip
+
+NO_STATE: Final[Mapping[str, str]] = {
+    rf"vcpu\d+\.nested\.vmcb12\.save\.(?!({'|'.join(_L1_STATE)})$).*": (
+        "of vmcb01's save area only what VMRUN saves is L1's (svm_copy_vmrun_state); the rest is "
+        "whatever was there"
+    ),
+    r"vcpu\d+\.nested\.vmcb12\.reserved_tail.*": "never written",
+}
+"""What is read but means nothing, and why."""
+
+EXCUSED: Final[Mapping[str, str]] = {**TIME, **NO_STATE}
+"""The whole list of justified exceptions."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One value that is not the same."""
+
+    what: str
+    one: Value | None
+    """None: it is not there at all."""
+    other: Value | None
+
+    def __str__(self) -> str:
+        return f"{self.what}: {_shown(self.one)}, the other has {_shown(self.other)}"
+
+
+def _shown(value: Value | None) -> str:
+    if value is None:
+        return "nothing"
+    return hex(value) if isinstance(value, int) else value
+
+
+def state_differences(
+    one: MachineState, other: MachineState, excused: Iterable[str] = tuple(EXCUSED)
+) -> list[Difference]:
+    """Return where two states differ, but for names that an expression in `excused` matches."""
+    return field_differences(state_fields(one), state_fields(other), excused)
+
+
+def field_differences(one: Fields, other: Fields, excused: Iterable[str] = ()) -> list[Difference]:
+    """Return where two sets of values differ, by name, in the order of the first."""
+    excuse = re.compile("|".join(f"(?:{expression})" for expression in excused) or r"(?!)")
+    names = list(dict.fromkeys((*one, *other)))
+    return [
+        Difference(name, one.get(name), other.get(name))
+        for name in names
+        if one.get(name) != other.get(name) and not excuse.fullmatch(name)
+    ]
+
+
+def memory_differences(one: Machine, other: Machine, most: int = 16) -> list[Difference]:
+    """Return the first 8-byte words of memory that differ, by guest-physical address."""
+    found: list[Difference] = []
+    slots = {id(slot.backing): slot for slot in reversed(one.memory.all_slots())}
+    for mine, theirs in zip(backings_of(one), backings_of(other), strict=True):
+        pages = sorted({*not_zero(mine, populated(mine)), *not_zero(theirs, populated(theirs))})
+        slot = slots[id(mine)]
+        for page in pages:
+            at = page * PAGE_SIZE
+            left, right = mine[at : at + PAGE_SIZE], theirs[at : at + PAGE_SIZE]
+            if left != right:
+                found += _words(slot.gpa + at, slot.as_id, left, right)
+            if len(found) >= most:
+                return found[:most]
+    return found
+
+
+def _words(gpa: int, as_id: int, one: bytes, other: bytes) -> Iterator[Difference]:
+    space = " in SMRAM" if as_id else ""
+    pairs = zip_longest(memoryview(one).cast("Q"), memoryview(other).cast("Q"))
+    for number, (left, right) in enumerate(pairs):
+        if left != right:
+            yield Difference(f"memory at {gpa + 8 * number:#x}{space}", left, right)

@@ -1,0 +1,149 @@
+"""The state of a machine but its memory: taken from a VM that is paused, and put into another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+from harness.machine.machine import Machine
+from harness.migrate.errors import Refused
+from harness.migrate.notes import Note
+from harness.migrate.shape import wants_whole_events
+from harness.migrate.vcpu_parts import VCPU_PARTS, Notes, Source, Target
+from kvm_ioctl.asm_kvm import IrqchipId
+from kvm_ioctl.cstruct import CStruct
+from kvm_ioctl.handles import Kvm, Vm
+from kvm_ioctl.linux_kvm import kvm_clock_data, kvm_irqchip
+from kvm_ioctl.request import KvmError
+
+Parts = Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class MachineState:
+    """Everything that KVM knows of a machine, as the bytes of KVM's structs."""
+
+    vm: Parts
+    """By the names of `VM_PARTS`."""
+    vcpus: tuple[Parts, ...]
+    """By the names of `VCPU_PARTS`."""
+    notes: tuple[Note, ...] = field(default=(), compare=False)
+    """What the kernel did not give."""
+
+
+@dataclass(frozen=True)
+class VmPart:
+    """One part of the VM's own state."""
+
+    name: str
+    kind: type[CStruct]
+    read: Callable[[Vm], bytes]
+    write: Callable[[Vm, bytes], None]
+    irqchip: bool
+    """Only there with interrupt controllers in the kernel."""
+
+
+def _write_clock(vm: Vm, data: bytes) -> None:
+    # The flags say how it was read; KVM_SET_CLOCK of 5.10 takes none.
+    vm.set_clock(kvm_clock_data(clock=kvm_clock_data.from_bytes(data).clock))
+
+
+def _chip(name: str, chip: IrqchipId) -> VmPart:
+    return VmPart(
+        name,
+        kvm_irqchip,
+        lambda vm: vm.get_irqchip(chip).as_bytes(),
+        lambda vm, data: _set_irqchip(vm, data),
+        irqchip=True,
+    )
+
+
+def _set_irqchip(vm: Vm, data: bytes) -> None:
+    vm.set_irqchip(kvm_irqchip.from_bytes(data))
+
+
+VM_PARTS: Final = {
+    part.name: part
+    for part in (
+        _chip("pic_master", IrqchipId.KVM_IRQCHIP_PIC_MASTER),
+        _chip("pic_slave", IrqchipId.KVM_IRQCHIP_PIC_SLAVE),
+        _chip("ioapic", IrqchipId.KVM_IRQCHIP_IOAPIC),
+        VmPart("clock", kvm_clock_data, lambda vm: vm.get_clock().as_bytes(), _write_clock, False),
+    )
+}
+"""In the order of restore; the clock last, so that it stands for as short as can be."""
+
+
+def msr_indices(kvm: Kvm) -> tuple[int, ...]:
+    """Return the MSRs that hold state, by this kernel's own list."""
+    return tuple(kvm.msr_index_list())
+
+
+def capture(machine: Machine, indices: Sequence[int] | None = None) -> MachineState:
+    """Take the state of a machine that is paused; pending I/O is completed first.
+
+    Args:
+        machine: whose vCPUs are not running.
+        indices: what `msr_indices` gave, to ask only once.
+
+    Raises MachineError: an instruction's I/O does not end.
+    Raises KvmError: KVM refused to say something.
+
+    """
+    wants_whole_events(machine.vm)
+    for runner in machine.vcpus:
+        runner.finish_io()
+    notes: Notes = []
+    listed = tuple(msr_indices(machine.kvm) if indices is None else indices)
+    vcpus = []
+    for runner in machine.vcpus:
+        source = Source(runner.vcpu, listed, machine.irqchip, notes)
+        read = ((name, part.read(source)) for name, part in VCPU_PARTS.items())
+        vcpus.append({name: data for name, data in read if data is not None})
+    vm = {
+        part.name: part.read(machine.vm)
+        for part in VM_PARTS.values()
+        if machine.irqchip or not part.irqchip
+    }
+    return MachineState(vm, tuple(vcpus), tuple(dict.fromkeys(notes)))
+
+
+def restore(machine: Machine, state: MachineState, order: Sequence[str]) -> list[Note]:
+    """Put a state into a machine of the same shape; return what the kernel did not take.
+
+    Args:
+        machine: blank; nothing of it has run.
+        state: what `capture` gave.
+        order: the names of all vCPU parts, see `orders`.
+
+    Raises Refused: KVM does not take a part; the message names it.
+
+    """
+    notes: Notes = []
+    for part in VM_PARTS.values():
+        if part.irqchip and part.name in state.vm:
+            with _naming(part.name):
+                part.write(machine.vm, state.vm[part.name])
+    for runner, parts in zip(machine.vcpus, state.vcpus, strict=True):
+        target = Target(runner.vcpu, machine.irqchip, notes)
+        for name in order:
+            if name in parts:
+                with _naming(f"vcpu {runner.index}: {name}"):
+                    VCPU_PARTS[name].write(target, parts[name])
+    if "clock" in state.vm:
+        with _naming("clock"):
+            VM_PARTS["clock"].write(machine.vm, state.vm["clock"])
+    return notes
+
+
+@contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Turn what goes wrong into a refusal that says with which part."""
+    try:
+        yield
+    except KvmError as e:
+        raise Refused(f"{where}: {e}") from e
+    except ValueError as e:
+        raise Refused(f"{where}: {e}") from None

@@ -1,0 +1,337 @@
+"""The stream that a machine travels in: what its bytes mean.
+
+A stream is the 8 bytes of `MAGIC`, `VERSION` (2 bytes), 6 bytes of zero, and sections. All numbers
+are little-endian. A section is a header and a body::
+
+    offset  size  header
+         0     4  tag, four letters
+         4     4  sequence number, from 0
+         8     8  bytes of the body
+        16     4  CRC-32 of the body
+        20     4  CRC-32 of the 20 bytes before
+
+    tag    body
+    HEAD   JSON: fingerprint of the source, shape of the machine
+    PAGE   mapping (4), zero (4), first page (8), then whole pages
+    VMST   parts of the VM's state
+    VCPU   number (4), then parts of the vCPU's state
+    SIDE   name (as in parts), then JSON: what the machine's user needs to go on
+    DONE   the number of sections before it (8)
+
+Parts are: length of the name (1), name, length of the data (4), data; the data are KVM's structs.
+
+The order is HEAD, PAGE and SIDE in any number, VMST, VCPU for each vCPU from 0 up, SIDE in any
+number, DONE. A page that comes twice counts as it came last, which is what live migration does. A
+stream from the future, with another version or tag, is refused: nothing of it may be ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from harness.machine.memory import PAGE_SIZE
+from harness.migrate.errors import StreamError
+from harness.migrate.memory_image import RUN_PAGES, Run
+
+MAGIC: Final = b"NSVMMIGR"
+VERSION: Final = 1
+
+_START: Final = struct.Struct("<8sH6x")
+_HEADER: Final = struct.Struct("<4sIQI")
+_CRC: Final = struct.Struct("<I")
+_PAGE_HEADER: Final = struct.Struct("<I4xQ")
+_NUMBER: Final = struct.Struct("<I")
+_COUNT: Final = struct.Struct("<Q")
+
+HEAD, PAGE, VMST, VCPU, SIDE, DONE = b"HEAD", b"PAGE", b"VMST", b"VCPU", b"SIDE", b"DONE"
+
+LONGEST: Final = {
+    HEAD: 16 << 20,
+    PAGE: _PAGE_HEADER.size + RUN_PAGES * PAGE_SIZE,
+    VMST: 1 << 20,
+    VCPU: 16 << 20,
+    SIDE: 64 << 20,
+    DONE: _COUNT.size,
+}
+"""Bytes that a body may have; more is refused before any of it is read."""
+
+_MOST_PARTS = 256
+
+
+class Source(Protocol):
+    """What a stream is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to so many bytes; none at the end."""
+
+
+class Sink(Protocol):
+    """What a stream is written to."""
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> object:
+        """Take all of the bytes."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section as it was read, its checksums seen to."""
+
+    tag: bytes
+    number: int
+    offset: int
+    """Where its header is in the stream."""
+    body: bytes
+
+    @property
+    def where(self) -> str:
+        """How messages call it."""
+        return f"section {self.number} ({self.tag.decode()} at offset {self.offset:#x})"
+
+
+class StreamWriter:
+    """Writes one stream."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.sections = 0
+        self.written_bytes = 0
+        self._put(_START.pack(MAGIC, VERSION))
+
+    def head(self, data: Mapping[str, Any]) -> None:
+        """Write the header."""
+        self._section(HEAD, _json(data))
+
+    def pages(self, run: Run, data: bytes | memoryview) -> None:
+        """Write a run of pages."""
+        self._section(PAGE, _PAGE_HEADER.pack(run.backing, run.first), data)
+
+    def vm(self, parts: Mapping[str, bytes]) -> None:
+        """Write the VM's state."""
+        self._section(VMST, pack_parts(parts))
+
+    def vcpu(self, number: int, parts: Mapping[str, bytes]) -> None:
+        """Write the state of one vCPU."""
+        self._section(VCPU, _NUMBER.pack(number), pack_parts(parts))
+
+    def side(self, name: str, data: Any) -> None:
+        """Write what the machine's user needs, as JSON."""
+        self._section(SIDE, pack_name(name), _json(data))
+
+    def done(self) -> None:
+        """End the stream."""
+        self._section(DONE, _COUNT.pack(self.sections))
+
+    def _section(self, tag: bytes, *pieces: bytes | memoryview) -> None:
+        size = sum(map(len, pieces))
+        crc = 0
+        for piece in pieces:
+            crc = zlib.crc32(piece, crc)
+        header = _HEADER.pack(tag, self.sections, size, crc)
+        self._put(header + _CRC.pack(zlib.crc32(header)))
+        for piece in pieces:
+            self._put(piece)
+        self.sections += 1
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._sink.write(data)
+        self.written_bytes += len(data)
+
+
+class StreamReader:
+    """Reads one stream and believes nothing: tags, order, lengths and checksums are checked."""
+
+    def __init__(self, source: Source) -> None:
+        """Read the start.
+
+        Raises StreamError: it is no stream, or of another version.
+        """
+        self._source = source
+        self.offset = 0
+        self._number = 0
+        magic, version = _START.unpack(self._take(_START.size, "the start"))
+        if magic != MAGIC:
+            raise StreamError(f"not a machine's stream: it starts with {magic!r}")
+        if version != VERSION:
+            raise StreamError(f"stream version {version}, this harness reads {VERSION}")
+
+    def sections(self) -> Iterator[Section]:
+        """Yield the sections, DONE being the last.
+
+        Raises StreamError: malformed, truncated or out of order.
+        """
+        previous = b""
+        while previous != DONE:
+            section = self._section()
+            if section.tag not in _AFTER[previous]:
+                after = previous.decode() or "the start"
+                raise StreamError(f"{section.where}: not allowed after {after}")
+            if section.tag == DONE:
+                _check_done(section)
+            yield section
+            previous = section.tag if section.tag != SIDE or previous != VCPU else VCPU
+
+    def expect_end(self) -> None:
+        """Make sure that nothing follows.
+
+        Raises StreamError: something does.
+        """
+        if self._source.read(1):
+            raise StreamError(f"more bytes after the end, at offset {self.offset:#x}")
+
+    def _section(self) -> Section:
+        start = self.offset
+        what = f"section {self._number}"
+        raw = self._take(_HEADER.size + _CRC.size, f"{what}'s header")
+        tag, number, size, crc = _HEADER.unpack_from(raw)
+        if zlib.crc32(raw[: _HEADER.size]) != _CRC.unpack_from(raw, _HEADER.size)[0]:
+            raise StreamError(f"{what}: checksum of the header at offset {start:#x} is wrong")
+        if tag not in LONGEST:
+            raise StreamError(f"{what}: unknown tag {tag!r} at offset {start:#x}")
+        if number != self._number:
+            raise StreamError(f"{what}: numbered {number} at offset {start:#x}")
+        what += f" ({tag.decode()} at offset {start:#x})"
+        if size > LONGEST[tag]:
+            raise StreamError(f"{what}: {size} bytes, at most {LONGEST[tag]} are possible")
+        body = self._take(size, what)
+        if zlib.crc32(body) != crc:
+            raise StreamError(f"{what}: checksum of the body is wrong")
+        self._number += 1
+        return Section(tag, number, start, body)
+
+    def _take(self, size: int, what: str) -> bytes:
+        parts = []
+        missing = size
+        while missing:
+            data = self._source.read(missing)
+            if not data:
+                have = size - missing
+                raise StreamError(f"{what}: cut off after {have} of {size} bytes")
+            parts.append(data)
+            missing -= len(data)
+        self.offset += size
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+_AFTER: Final[Mapping[bytes, tuple[bytes, ...]]] = {
+    b"": (HEAD,),
+    HEAD: (PAGE, SIDE, VMST),
+    PAGE: (PAGE, SIDE, VMST),
+    SIDE: (PAGE, SIDE, VMST),
+    VMST: (VCPU, DONE),
+    VCPU: (VCPU, SIDE, DONE),
+}
+
+
+def _check_done(section: Section) -> None:
+    if len(section.body) != _COUNT.size or _COUNT.unpack(section.body)[0] != section.number:
+        raise StreamError(f"{section.where}: counts other sections than there were")
+
+
+def _json(data: Any) -> bytes:
+    return json.dumps(data, separators=(",", ":"), sort_keys=True).encode()
+
+
+def parse_json(section: Section, data: bytes) -> Any:
+    """Return the JSON of a section's body.
+
+    Raises StreamError: it is none.
+    """
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:
+        raise StreamError(f"{section.where}: malformed JSON ({e})") from None
+
+
+def pack_name(name: str) -> bytes:
+    """Return a name with its length before it."""
+    data = name.encode("ascii")
+    return bytes([len(data)]) + data
+
+
+def pack_parts(parts: Mapping[str, bytes]) -> bytes:
+    """Return named data as a body has them."""
+    return b"".join(
+        pack_name(name) + _NUMBER.pack(len(data)) + data for name, data in parts.items()
+    )
+
+
+def unpack_name(section: Section, at: int) -> tuple[str, int]:
+    """Return a name at a place in a body, and where it ends.
+
+    Raises StreamError: it is cut off, or no name.
+    """
+    body = section.body
+    size = body[at] if at < len(body) else 0
+    name = body[at + 1 : at + 1 + size]
+    if not size or len(name) != size or not name.isascii():
+        raise StreamError(f"{section.where}: no name at {at:#x} of the body")
+    return name.decode("ascii"), at + 1 + size
+
+
+def unpack_parts(section: Section, at: int, known: Iterable[str]) -> dict[str, bytes]:
+    """Return the parts of a body from a place up.
+
+    Raises StreamError: one is cut off, unknown or there twice.
+    """
+    body, names, parts = section.body, set(known), dict[str, bytes]()
+    while at < len(body):
+        name, at = unpack_name(section, at)
+        if name not in names or name in parts:
+            what = "there twice" if name in parts else "unknown"
+            raise StreamError(f"{section.where}: part {name!r} is {what}")
+        if at + _NUMBER.size > len(body):
+            raise StreamError(f"{section.where}: part {name} is cut off")
+        (size,) = _NUMBER.unpack_from(body, at)
+        at += _NUMBER.size
+        if at + size > len(body):
+            raise StreamError(f"{section.where}: part {name} is cut off")
+        parts[name] = body[at : at + size]
+        at += size
+    return parts
+
+
+def unpack_vcpu(section: Section, known: Iterable[str]) -> tuple[int, dict[str, bytes]]:
+    """Return a vCPU's number and its parts.
+
+    Raises StreamError: malformed.
+    """
+    if len(section.body) < _NUMBER.size:
+        raise StreamError(f"{section.where}: has no vCPU number")
+    return _NUMBER.unpack_from(section.body)[0], unpack_parts(section, _NUMBER.size, known)
+
+
+def unpack_side(section: Section) -> tuple[str, Any]:
+    """Return the name and the JSON of what belongs to the machine's user.
+
+    Raises StreamError: malformed.
+    """
+    name, at = unpack_name(section, 0)
+    return name, parse_json(section, section.body[at:])
+
+
+def unpack_pages(section: Section, backings: tuple[int, ...]) -> tuple[Run, memoryview]:
+    """Return a run of pages and their bytes.
+
+    Args:
+        section: a PAGE.
+        backings: bytes of each mapping, which the run must lie in.
+
+    Raises StreamError: malformed, or outside memory.
+
+    """
+    body = memoryview(section.body)
+    if len(body) <= _PAGE_HEADER.size or (len(body) - _PAGE_HEADER.size) % PAGE_SIZE:
+        raise StreamError(f"{section.where}: {len(body)} bytes are not whole pages")
+    backing, first = _PAGE_HEADER.unpack_from(body)
+    run = Run(backing, first, (len(body) - _PAGE_HEADER.size) // PAGE_SIZE)
+    if backing >= len(backings) or (first + run.count) * PAGE_SIZE > backings[backing]:
+        raise StreamError(
+            f"{section.where}: pages {first}..{first + run.count - 1} of mapping {backing} "
+            "are outside memory"
+        )
+    return run, body[_PAGE_HEADER.size :]

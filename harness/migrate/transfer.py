@@ -1,0 +1,213 @@
+"""A machine into a stream, and out of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.machine.machine import Machine
+from harness.machine.memory import PAGE_SIZE
+from harness.migrate import fingerprint
+from harness.migrate.errors import Refused, StreamError
+from harness.migrate.memory_image import not_zero, populated, runs
+from harness.migrate.notes import Note
+from harness.migrate.orders import DEFAULT
+from harness.migrate.shape import BlankMachine, Shape, backings_of
+from harness.migrate.state import VM_PARTS, MachineState, capture, restore
+from harness.migrate.stream import (
+    DONE,
+    HEAD,
+    PAGE,
+    SIDE,
+    VCPU,
+    VMST,
+    Section,
+    Sink,
+    Source,
+    StreamReader,
+    StreamWriter,
+    parse_json,
+    unpack_pages,
+    unpack_parts,
+    unpack_side,
+    unpack_vcpu,
+)
+from harness.migrate.vcpu_parts import VCPU_PARTS
+from kvm_ioctl.handles import Kvm
+
+
+def write_head(writer: StreamWriter, machine: Machine) -> None:
+    """Write what a destination must know first."""
+    head = {"source": fingerprint.fingerprint(machine.kvm), "shape": Shape.of(machine).to_json()}
+    writer.head(head)
+
+
+def write_memory(writer: StreamWriter, machine: Machine) -> int:
+    """Write all pages that are not zero; return how many."""
+    count = 0
+    for number, backing in enumerate(backings_of(machine)):
+        for run in runs(number, not_zero(backing, populated(backing))):
+            at = run.first * PAGE_SIZE
+            writer.pages(run, backing[at : at + run.count * PAGE_SIZE])
+            count += run.count
+    return count
+
+
+def write_state(writer: StreamWriter, state: MachineState) -> None:
+    """Write all but memory."""
+    writer.vm(state.vm)
+    for number, parts in enumerate(state.vcpus):
+        writer.vcpu(number, parts)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What `save` did."""
+
+    state: MachineState
+    pages: int
+    size_bytes: int
+
+
+def save(machine: Machine, sink: Sink, sides: Mapping[str, Any] | None = None) -> Saved:
+    """Write a machine that is paused.
+
+    Args:
+        machine: whose vCPUs are not running.
+        sink: where to.
+        sides: what its user needs to go on, by name; anything that JSON can say.
+
+    Raises MachineError: an instruction's I/O does not end.
+    Raises KvmError: KVM refused to say something.
+
+    """
+    # First of all, for it completes I/O, which writes registers and may write memory.
+    state = capture(machine)
+    writer = StreamWriter(sink)
+    write_head(writer, machine)
+    pages = write_memory(writer, machine)
+    write_state(writer, state)
+    for name, data in (sides or {}).items():
+        writer.side(name, data)
+    writer.done()
+    return Saved(state, pages, writer.written_bytes)
+
+
+@dataclass
+class Loaded:
+    """A machine out of a stream; its vCPUs have not run. Close the machine when done."""
+
+    machine: BlankMachine
+    state: MachineState
+    """What the stream said."""
+    sides: dict[str, Any]
+    notes: list[Note]
+    """What this kernel did not take."""
+    source: Mapping[str, Any]
+    """The fingerprint of where it comes from."""
+
+
+class Loader:
+    """Builds a machine from sections as they come; a context manager that leaves no VM behind.
+
+    `finish` hands the machine over, and only then does it stay.
+    """
+
+    def __init__(self, kvm: Kvm, *, order: Sequence[str] = DEFAULT) -> None:
+        self._kvm = kvm
+        self._order = order
+        self._machine: BlankMachine | None = None
+        self._source: Mapping[str, Any] = {}
+        self._vm: dict[str, bytes] = {}
+        self._vcpus: list[dict[str, bytes]] = []
+        self._sides: dict[str, Any] = {}
+        self.pages = 0
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._machine is not None:
+            self._machine.close()
+            self._machine = None
+
+    def take(self, section: Section) -> bool:
+        """Take a section; True: it was the last one.
+
+        Raises StreamError: it cannot be.
+        Raises Refused: this kernel cannot have such a machine.
+        """
+        if section.tag == HEAD:
+            self._head(section)
+        elif section.tag == PAGE:
+            self._page(section)
+        elif section.tag == VMST:
+            self._vm = unpack_parts(section, 0, VM_PARTS)
+        elif section.tag == VCPU:
+            self._vcpu(section)
+        elif section.tag == SIDE:
+            name, data = unpack_side(section)
+            if name in self._sides:
+                raise StreamError(f"{section.where}: {name!r} is there twice")
+            self._sides[name] = data
+        return section.tag == DONE
+
+    def finish(self) -> Loaded:
+        """Put the state into the VM, and hand that over.
+
+        Raises StreamError: vCPUs are missing.
+        Raises Refused: KVM does not take a part.
+        """
+        machine = self._built()
+        if len(self._vcpus) != machine.shape.vcpus:
+            raise StreamError(f"{len(self._vcpus)} vCPUs of {machine.shape.vcpus} came")
+        state = MachineState(self._vm, tuple(self._vcpus))
+        notes = restore(machine, state, self._order)
+        self._machine = None
+        return Loaded(machine, state, self._sides, notes, self._source)
+
+    def _built(self) -> BlankMachine:
+        if self._machine is None:
+            raise StreamError("there is no header")
+        return self._machine
+
+    def _head(self, section: Section) -> None:
+        head = parse_json(section, section.body)
+        if not isinstance(head, dict) or "shape" not in head or "source" not in head:
+            raise StreamError(f"{section.where}: malformed")
+        fingerprint.check(head["source"])
+        self._source = head["source"]
+        shape = Shape.from_json(head["shape"])
+        try:
+            self._machine = BlankMachine(self._kvm, shape)
+        except Refused as e:
+            raise Refused(f"{section.where}: {e}") from e
+
+    def _page(self, section: Section) -> None:
+        machine = self._built()
+        run, data = unpack_pages(section, machine.shape.backings)
+        at = run.first * PAGE_SIZE
+        machine.mappings[run.backing][at : at + len(data)] = data
+        self.pages += run.count
+
+    def _vcpu(self, section: Section) -> None:
+        number, parts = unpack_vcpu(section, VCPU_PARTS)
+        if number != len(self._vcpus):
+            raise StreamError(f"{section.where}: vCPU {number}, {len(self._vcpus)} is next")
+        self._vcpus.append(parts)
+
+
+def load(kvm: Kvm, source: Source, *, order: Sequence[str] = DEFAULT) -> Loaded:
+    """Build the machine that a stream holds.
+
+    Raises StreamError: the stream is malformed, cut off or foreign.
+    Raises Refused: this kernel does not take the machine.
+    """
+    reader = StreamReader(source)
+    with Loader(kvm, order=order) as loader:
+        for section in reader.sections():
+            if loader.take(section):
+                break
+        reader.expect_end()
+        return loader.finish()

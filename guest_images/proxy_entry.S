@@ -1,5 +1,6 @@
 /* The proxy: entry, code of the instructions, calls that survive exceptions, traps. */
 #include "proxy.h"
+#include "registers.h"
 
 #define MULTIBOOT_MAGIC	0x1badb002
 
@@ -33,12 +34,7 @@ code_table:
 
 /* What both calls push: callee-saved registers, then instance and target. */
 	.macro	enter_call
-	pushq	%rbx
-	pushq	%rbp
-	pushq	%r12
-	pushq	%r13
-	pushq	%r14
-	pushq	%r15
+	push_preserved
 	pushq	%rdi
 	pushq	%rsi
 	movq	%rsp, INSTANCE_LANDING_RSP(%rdi)
@@ -97,12 +93,7 @@ landing:			/* %rsp as after enter_call */
 	movl	$0, INSTANCE_IN_OP(%rdi)
 	movq	INSTANCE_LANDING_STATUS(%rdi), %rax
 	addq	$16, %rsp
-	popq	%r15
-	popq	%r14
-	popq	%r13
-	popq	%r12
-	popq	%rbp
-	popq	%rbx
+	pop_preserved
 	ret
 
 	.globl	call_user
@@ -125,39 +116,11 @@ user_return:
 
 	.globl	trap_entry
 trap_entry:			/* from a stub: its address, vector and error code are pushed */
-	pushq	%rax
-	pushq	%rcx
-	pushq	%rdx
-	pushq	%rbx
-	pushq	%rbp
-	pushq	%rsi
-	pushq	%rdi
-	pushq	%r8
-	pushq	%r9
-	pushq	%r10
-	pushq	%r11
-	pushq	%r12
-	pushq	%r13
-	pushq	%r14
-	pushq	%r15
+	push_registers
 	movq	%rsp, %rdi
 	cld
 	call	handle_trap
-	popq	%r15
-	popq	%r14
-	popq	%r13
-	popq	%r12
-	popq	%r11
-	popq	%r10
-	popq	%r9
-	popq	%r8
-	popq	%rdi
-	popq	%rsi
-	popq	%rbp
-	popq	%rbx
-	popq	%rdx
-	popq	%rcx
-	popq	%rax
+	pop_registers
 	addq	$24, %rsp
 	iretq
 

@@ -1,5 +1,6 @@
 /* Exception entry, and the instructions of guest svme that C cannot express. */
 #include "guest.h"
+#include "registers.h"
 #include "svme.h"
 #include "tables.h"
 
@@ -25,21 +26,11 @@ wrmsr_safe:			/* (%edi: msr, %rsi: value) */
 
 	.globl	vmrun
 vmrun:				/* (%rdi: vmcb_pa); L2 leaves its own values in all but rax, rsp */
-	pushq	%rbx
-	pushq	%rbp
-	pushq	%r12
-	pushq	%r13
-	pushq	%r14
-	pushq	%r15
+	push_preserved
 	movq	%rdi, %rax
 1:	vmrun	%rax
 	movl	$1, %eax
-2:	popq	%r15
-	popq	%r14
-	popq	%r13
-	popq	%r12
-	popq	%rbp
-	popq	%rbx
+2:	pop_preserved
 	ret
 3:	xorl	%eax, %eax
 	jmp	2b
@@ -60,39 +51,11 @@ exception_stubs:
 	.endr
 
 exception_entry:		/* builds struct frame */
-	pushq	%rax
-	pushq	%rcx
-	pushq	%rdx
-	pushq	%rbx
-	pushq	%rbp
-	pushq	%rsi
-	pushq	%rdi
-	pushq	%r8
-	pushq	%r9
-	pushq	%r10
-	pushq	%r11
-	pushq	%r12
-	pushq	%r13
-	pushq	%r14
-	pushq	%r15
+	push_registers
 	movq	%rsp, %rdi
 	cld
 	call	handle_exception
-	popq	%r15
-	popq	%r14
-	popq	%r13
-	popq	%r12
-	popq	%r11
-	popq	%r10
-	popq	%r9
-	popq	%r8
-	popq	%rdi
-	popq	%rsi
-	popq	%rbp
-	popq	%rbx
-	popq	%rdx
-	popq	%rcx
-	popq	%rax
+	pop_registers
 	addq	$16, %rsp
 	iretq
 

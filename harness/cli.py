@@ -18,10 +18,14 @@ _COMMANDS = {
     "bench": "compare the harness's speed with C's and bare QEMU's",
     "boot": "boot an image and print what it says on its serial port",
     "doctor": "what this machine can do, with evidence and how to mend a no",
+    "inspect": "what is in the stream of a saved machine",
     "kernel": "kernels for the emulated host",
+    "load": "go on with a saved machine on any host, and compare with its twin",
     "list": "the scenarios and their cases",
     "memory": "measure nested-state memory per vCPU",
+    "migrate": "storms of migrations, and the table of kernels that take each other's machines",
     "run": "run scenarios on a host",
+    "save": "save a machine with L2 or L3 running to a file",
     "shell": "a Python prompt in a host: drive L1, L2, ... by hand",
 }
 

@@ -223,6 +223,11 @@ def smm(host: HostView) -> Fact:
     return _capability(host, Cap.KVM_CAP_X86_SMM)
 
 
+def dirty_rings(host: HostView) -> Fact:
+    """KVM can queue dirty pages per vCPU (KVM_CAP_DIRTY_LOG_RING, which 5.10 has not)."""
+    return _capability(host, Cap.KVM_CAP_DIRTY_LOG_RING)
+
+
 def _capability(host: HostView, cap: Cap) -> Fact:
     device = kvm_device(host)
     if not device.holds:

@@ -36,15 +36,21 @@ def _grown(fd: F, request: Ioctl[F, S], make: Callable[[int], S], entries: int) 
 
 def read_cpuid(fd: F, request: Ioctl[F, kvm_cpuid2]) -> list[kvm_cpuid_entry2]:
     """Return the CPUID leaves that the request gives."""
-    entries = [bytes(entry) for entry in _grown(fd, request, _unwritten_cpuid, 128).entries]
+    leaves, size = read_cpuid_bytes(fd, request), len(_UNWRITTEN)
+    return [
+        kvm_cpuid_entry2.from_bytes(leaves[at : at + size]) for at in range(0, len(leaves), size)
+    ]
+
+
+def read_cpuid_bytes(fd: F, request: Ioctl[F, kvm_cpuid2]) -> bytes:
+    """Return the CPUID leaves that the request gives as they lie in memory."""
+    leaves = _grown(fd, request, _unwritten_cpuid, 128).as_bytes()[ctypes.sizeof(kvm_cpuid2) :]
     # KVM_GET_CPUID2 on Linux 5.10 leaves nent as it was given (kvm_vcpu_ioctl_get_cpuid2).
-    while entries and entries[-1] == _UNWRITTEN:
-        entries.pop()
-    return [kvm_cpuid_entry2.from_bytes(entry) for entry in entries]
+    return leaves.partition(_UNWRITTEN)[0]
 
 
 def _unwritten_cpuid(entries: int) -> kvm_cpuid2:
-    return new_cpuid([kvm_cpuid_entry2.from_bytes(_UNWRITTEN)] * entries)
+    return cpuid_from_bytes(_UNWRITTEN * entries)
 
 
 def read_msr_list(fd: F, request: Ioctl[F, kvm_msr_list]) -> list[int]:
@@ -54,6 +60,10 @@ def read_msr_list(fd: F, request: Ioctl[F, kvm_msr_list]) -> list[int]:
 
 def new_cpuid(entries: Iterable[kvm_cpuid_entry2]) -> kvm_cpuid2:
     """Make the payload for KVM_SET_CPUID2."""
-    leaves = b"".join(map(bytes, entries))
+    return cpuid_from_bytes(b"".join(map(bytes, entries)))
+
+
+def cpuid_from_bytes(leaves: bytes) -> kvm_cpuid2:
+    """Make the payload for KVM_SET_CPUID2 of leaves as they lie in memory."""
     nent = len(leaves) // ctypes.sizeof(kvm_cpuid_entry2)
     return kvm_cpuid2.from_bytes(bytes(kvm_cpuid2(nent=nent)) + leaves)

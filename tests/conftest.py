@@ -1,4 +1,4 @@
-"""Kernels for tests that boot an emulated host, and a cache of their own."""
+"""This machine's KVM; kernels for tests that boot an emulated host, and a cache of their own."""
 
 import os
 import shutil
@@ -9,9 +9,19 @@ from harness.errors import NsvmError
 from harness.host.cache import cache_dir
 from harness.host.kernels import resolve
 from harness.host.qemu import QEMU
+from kvm_ioctl.handles import Kvm
 
 #: What the emulated tests run on: versions as `nsvm --kernel` takes them.
 KERNELS = os.environ.get("NSVM_TEST_KERNELS", "5.10,7.3").split(",")
+
+
+@pytest.fixture
+def kvm():
+    # Absent is a machine without KVM; there but unusable is a mistake, and Kvm() says which.
+    if not os.path.exists("/dev/kvm"):
+        pytest.skip("no /dev/kvm on this machine")
+    with Kvm() as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session", params=KERNELS)

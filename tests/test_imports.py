@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "harness.probe": PROBE,
     "harness.proxy": PROXY,
     "harness.migrate": MIGRATE,
+    "harness.storm": (*PROXY, "harness.migrate", "harness.storm"),
     "harness.scenarios": (
         *PROBE,
         "harness.proxy",

@@ -18,7 +18,8 @@ from harness.bench.loops import Work, run_machine
 from harness.errors import HarnessError
 from harness.facts import HostView, nested_svm
 from harness.machine.addresses import Gpa
-from harness.proxy.level import GuestLevel, Level
+from harness.proxy.guest_level import GuestLevel
+from harness.proxy.level import Level
 from harness.proxy.machine import ProxyMachine
 from harness.proxy.ops import EnterFlag, Status
 from harness.proxy.program import Result, atomic_add, loop, rdtsc, simple

@@ -29,6 +29,7 @@ CARRIED = (
     "harness/machine",
     "harness/proxy",
     "harness/migrate",
+    "harness/storm",
     "harness/model",
     "harness/probe",
     "harness/scenarios",

@@ -17,6 +17,13 @@ Event = dict[str, Any]
 #: An agent says something every second; on a busy emulated host, sometimes later.
 SILENCE_S = 20.0
 
+#: How long a cancelled session may take to notice.
+_LOOK_S = 0.2
+
+
+class Cancelled(HostError):
+    """Somebody else no longer wants what was waited for; this says nothing about the host."""
+
 
 class Pipe(Protocol):
     """What carries the lines: a socket or a pair of pipes."""
@@ -63,6 +70,7 @@ class Session:
         self._why_dead = why_dead
         self._buffer = b""
         self._next_id = 1
+        self._cancelled = False
 
     def _command(self, command: Event, payload: bytes = b"") -> None:
         try:
@@ -75,12 +83,12 @@ class Session:
 
         Raises:
             HostLost: the channel ended, or nothing came for `silence_s` seconds.
+            Cancelled: `cancel` was called.
         """
         while True:
             deadline = time.monotonic() + silence_s
             while b"\n" not in self._buffer:
-                left = deadline - time.monotonic()
-                if left <= 0 or not select.select([self._pipe.fileno()], [], [], left)[0]:
+                if not self._is_ready(deadline):
                     raise self._why_dead(f"no sign of life for {silence_s:.0f} s")
                 try:
                     chunk = self._pipe.receive()
@@ -91,6 +99,15 @@ class Session:
                 self._buffer += chunk
             line, _, self._buffer = self._buffer.partition(b"\n")
             yield json.loads(line)
+
+    def _is_ready(self, deadline: float) -> bool:
+        """Wait until something can be read, and say whether that was so before the deadline."""
+        while (left := deadline - time.monotonic()) > 0:
+            if self._cancelled:
+                raise Cancelled("cancelled")
+            if select.select([self._pipe.fileno()], [], [], min(left, _LOOK_S))[0]:
+                return True
+        return False
 
     def wait_for(self, kind: str, timeout_s: float) -> Event:
         """Return the next event of this kind; heartbeats do not extend the deadline."""
@@ -176,7 +193,11 @@ class Session:
                 break
         raise self._why_dead(f"the call did not end within {timeout_s:.0f} s")
 
-    # These only send: they may come from another thread than the one that waits for the call.
+    # These may come from another thread than the one that waits for the call.
+
+    def cancel(self) -> None:
+        """Make whoever waits here get Cancelled at once; the session is of no use afterwards."""
+        self._cancelled = True
 
     def send_input(self, text: str) -> None:
         """Give the running call something to read; see `converse`."""

@@ -31,6 +31,7 @@ class Gate:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._pauses = 0
+        self._condemned = ""
 
     @property
     def closed(self) -> bool:
@@ -44,17 +45,45 @@ class Gate:
         is inside and then looks at the gate, who closes it looks in the other order, and the GIL
         keeps both.
 
-        Raises MachineError: it was closed for ten minutes.
+        Raises MachineError: it was closed for ten minutes, or for good.
         """
         runner.inside = True
         while self.closed:
             runner.inside = False
             with self._changed:
-                if not self._changed.wait_for(lambda: not self.closed, _LONGEST_PAUSE_S):
-                    raise MachineError(
-                        f"vCPU {runner.index}: held back by a pause for {_LONGEST_PAUSE_S:g} s"
-                    )
+                opened = self._changed.wait_for(self._is_settled, _LONGEST_PAUSE_S)
+            if self._condemned:
+                raise MachineError(f"vCPU {runner.index}: {self._condemned}")
+            if not opened:
+                raise MachineError(
+                    f"vCPU {runner.index}: held back by a pause for {_LONGEST_PAUSE_S:g} s"
+                )
             runner.inside = True
+
+    def close(self, runners: Sequence[Runner], timeout_s: float) -> None:
+        """Close the gate; no runner is inside then. Every call needs an `open`.
+
+        Raises MachineError: one does not come out within `timeout_s` seconds; it is as before.
+        """
+        with self._changed:
+            self._pauses += 1
+        try:
+            self._clear(runners, timeout_s)
+        except BaseException:
+            self.open()
+            raise
+
+    def open(self) -> None:
+        """Take one `close` back."""
+        with self._changed:
+            self._pauses -= 1
+            self._changed.notify_all()
+
+    def condemn(self, why: str) -> None:
+        """Let nobody pass any more: who waits, or comes while the gate is closed, gets an error."""
+        with self._changed:
+            self._condemned = why
+            self._changed.notify_all()
 
     @contextmanager
     def shut(self, runners: Sequence[Runner], timeout_s: float) -> Iterator[None]:
@@ -62,15 +91,14 @@ class Gate:
 
         Raises MachineError: one does not come out within `timeout_s` seconds.
         """
-        with self._changed:
-            self._pauses += 1
+        self.close(runners, timeout_s)
         try:
-            self._clear(runners, timeout_s)
             yield
         finally:
-            with self._changed:
-                self._pauses -= 1
-                self._changed.notify_all()
+            self.open()
+
+    def _is_settled(self) -> bool:
+        return not self.closed or bool(self._condemned)
 
     def _clear(self, runners: Sequence[Runner], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

@@ -10,6 +10,7 @@ from typing import Self
 from harness.machine.addresses import Gpa
 from harness.machine.console import PortBus
 from harness.machine.cpuid import CpuidPolicy
+from harness.machine.dirty_rings import DirtyRings, enable_dirty_rings
 from harness.machine.entry import entry_regs, entry_sregs, prepare_entry, reserved_memory
 from harness.machine.errors import MachineError
 from harness.machine.gate import Gate
@@ -41,6 +42,7 @@ class Machine:
         smm: bool = False,
         advice: Sequence[int] = (),
         command_line: str = "",
+        dirty_ring_bytes: int = 0,
     ) -> None:
         """Build the machine.
 
@@ -54,9 +56,11 @@ class Machine:
             smm: show the memory in the address space of SMM too.
             advice: `mmap.MADV_*` for the memory.
             command_line: for multiboot images.
+            dirty_ring_bytes: of a ring per vCPU that dirty pages are queued in while they are
+                logged, a power of two; by default there are none, and the dirty log is used.
 
         Raises ImageError: the image cannot be loaded.
-        Raises MachineError: a size that makes no machine.
+        Raises MachineError: a size that makes no machine, or no dirty rings here.
         Raises KvmError: KVM refused something.
 
         """
@@ -67,6 +71,8 @@ class Machine:
         """Whether the interrupt controllers are in the kernel."""
         self.bus = self._make_bus()
         self._gate = Gate()
+        self.dirty_rings: DirtyRings | None = None
+        """Where dirty pages are queued, if it was asked for."""
         self.image = image if image is None or isinstance(image, Image) else read_image(image)
         self.vcpus: list[MachineVcpu] = []
         self._stack = contextlib.ExitStack()
@@ -75,13 +81,13 @@ class Machine:
             stack.callback(WATCHDOG.uninstall)
             self.vm: Vm = kvm.create_vm()
             self.memory = GuestMemory(self.vm)
-            # After the VM, which uses the mappings until its end. Both by way of `self`: `exchange`
-            # gives this machine others.
-            stack.callback(lambda: self.memory.close())
-            stack.callback(lambda: self.vm.close())
+            self._own_vm(stack)
             self._add_memory(memory_mib << 20, smm, advice)
             self._load(command_line)
+            if dirty_ring_bytes:
+                enable_dirty_rings(self.vm, dirty_ring_bytes)
             self._create_vcpus(vcpus, cpuid or CpuidPolicy(), irqchip)
+            self._map_dirty_rings(dirty_ring_bytes)
             self._stack = stack.pop_all()
 
     @property
@@ -97,12 +103,51 @@ class Machine:
     def paused(self, timeout_s: float = 10.0) -> Iterator[None]:
         """Hold all vCPUs back for the time of the `with`; those that run are got out of KVM_RUN.
 
-        Their threads wait, and go on as if nothing had happened.
+        Their threads wait, and go on as if nothing had happened. So does every other thread that
+        is about to change the guest's memory.
 
         Raises MachineError: a vCPU does not come out within `timeout_s` seconds.
         """
-        with self._gate.shut(self.vcpus, timeout_s):
+        self.pause(timeout_s)
+        try:
             yield
+        finally:
+            self.resume()
+
+    def pause(self, timeout_s: float = 10.0) -> None:
+        """Begin what `paused` does, to be ended by `resume`: from any thread, or never.
+
+        Raises MachineError: a vCPU does not come out within `timeout_s` seconds; all run on.
+        """
+        self._gate.close(self.vcpus, timeout_s)
+        try:
+            self.memory.lock.freeze(timeout_s)
+        except BaseException:
+            self._gate.open()
+            raise
+
+    def resume(self) -> None:
+        """Take one `pause` back."""
+        self.memory.lock.thaw()
+        self._gate.open()
+
+    def abandon(self, why: str) -> None:
+        """Let the vCPUs of a paused machine never run again: who waits to run one gets an error."""
+        self._gate.condemn(why)
+
+    def take_over(self, other: Machine) -> None:
+        """Become the owner of another machine's VM, in place of making one; the other has none.
+
+        For a machine that is made without `__init__`, around a VM that came from elsewhere.
+        """
+        self.kvm, self.vm, self.memory = other.kvm, other.vm, other.memory
+        self.vcpus, self.bus, self.irqchip = other.vcpus, other.bus, other.irqchip
+        self._gate, self.dirty_rings = other._gate, other.dirty_rings
+        other._stack.pop_all()
+        self._stack = contextlib.ExitStack()
+        self._stack.callback(WATCHDOG.uninstall)
+        self._own_vm(self._stack)
+        self._map_dirty_rings(0)
 
     def exchange(self, other: Machine) -> None:
         """Swap the VMs of two machines of the same shape: handles, memory, vCPUs.
@@ -118,6 +163,7 @@ class Machine:
         self.kvm, other.kvm = other.kvm, self.kvm
         self.vm, other.vm = other.vm, self.vm
         self.memory.exchange(other.memory)
+        self.dirty_rings, other.dirty_rings = other.dirty_rings, self.dirty_rings
         for one, another in zip(self.vcpus, other.vcpus, strict=True):
             one.exchange(another)
 
@@ -151,6 +197,27 @@ class Machine:
         return True
 
     # The parts
+
+    def _map_dirty_rings(self, size_bytes: int) -> None:
+        if size_bytes:
+            handles = [runner.vcpu for runner in self.vcpus]
+            self.dirty_rings = DirtyRings(self.vm, handles, size_bytes)
+        for runner in self.vcpus:
+            # By way of `self`: `exchange` gives this machine others.
+            runner.on_ring_full = self._answer_full_ring
+
+    def _answer_full_ring(self) -> None:
+        if self.dirty_rings is None:
+            raise MachineError("KVM reports a full dirty ring, and the machine has none")
+        self.dirty_rings.answer_full()
+
+    def _own_vm(self, stack: contextlib.ExitStack) -> None:
+        """Close the VM, and then its memory, which it uses until its end.
+
+        Both by way of `self`: `exchange` gives this machine others.
+        """
+        stack.callback(lambda: self.memory.close())
+        stack.callback(lambda: self.vm.close())
 
     def _add_memory(self, size_bytes: int, smm: bool, advice: Sequence[int]) -> None:
         self._set_tss_addr()

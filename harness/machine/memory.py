@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self, TypeVar
 
 from harness.machine.addresses import Gpa, Hva
 from harness.machine.errors import GuestMemoryError
+from harness.machine.memory_lock import MemoryLock
 from kvm_ioctl.cstruct import CStruct
 
 PAGE_SIZE = mmap.PAGESIZE
@@ -60,12 +61,19 @@ class Slot:
         return f"slot {self.number} (as_id {self.as_id}, {self.gpa:#x}-{self.end - 1:#x})"
 
 
+SlotPage = tuple[int, int, int]
+"""A page as KVM counts them: address space, slot number, page in the slot."""
+
+
 class GuestMemory:
     """All memory slots of one VM; owns their mappings."""
 
     def __init__(self, vm: SlotHost) -> None:
         self._vm = vm
         self._slots: dict[tuple[int, int], Slot] = {}
+        self.lock = MemoryLock()
+        """Held for the time of an access; `lock.freeze` keeps others from changing anything."""
+        self._written: set[SlotPage] | None = None
 
     def add(
         self,
@@ -89,15 +97,16 @@ class GuestMemory:
         Raises KvmError: KVM refused the slot.
 
         """
-        self._check_place(gpa, size_bytes, as_id)
-        backing = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        try:
-            for option in advice:
-                backing.madvise(option)
-            return self._insert(gpa, as_id, flags, backing)
-        except BaseException:
-            backing.close()
-            raise
+        with self.lock:
+            self._check_place(gpa, size_bytes, as_id)
+            backing = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            try:
+                for option in advice:
+                    backing.madvise(option)
+                return self._insert(gpa, as_id, flags, backing)
+            except BaseException:
+                backing.close()
+                raise
 
     def alias(self, slot: Slot, *, as_id: int, gpa: Gpa | None = None, flags: int = 0) -> Slot:
         """Show a slot's memory a second time, as in the address space of SMM.
@@ -106,19 +115,40 @@ class GuestMemory:
         Raises KvmError: KVM refused the slot.
         """
         place = slot.gpa if gpa is None else gpa
-        self._check_place(place, slot.size_bytes, as_id)
-        return self._insert(place, as_id, flags, slot.backing)
+        with self.lock:
+            self._check_place(place, slot.size_bytes, as_id)
+            return self._insert(place, as_id, flags, slot.backing)
 
     def remove(self, slot: Slot) -> None:
         """Take a slot away from the guest; its memory goes with its last slot."""
-        self._vm.delete_memory_region(slot.number, as_id=slot.as_id)
-        del self._slots[slot.as_id, slot.number]
-        if all(other.backing is not slot.backing for other in self._slots.values()):
-            slot.backing.close()
+        with self.lock:
+            self._vm.delete_memory_region(slot.number, as_id=slot.as_id)
+            del self._slots[slot.as_id, slot.number]
+            if all(other.backing is not slot.backing for other in self._slots.values()):
+                slot.backing.close()
+
+    def blink(self, gpa: Gpa, size_bytes: int) -> None:
+        """Add a slot and remove it at once; nobody who asks for the slots sees it."""
+        with self.lock:
+            self.remove(self.add(gpa, size_bytes))
+
+    def set_flags(self, slot: Slot, flags: int) -> Slot:
+        """Change a slot's KVM_MEM_* flags while the guest uses it; return the slot as it is then.
+
+        Raises KvmError: KVM refused them.
+        """
+        with self.lock.quick:
+            changed = replace(slot, flags=flags)
+            self._vm.set_user_memory_region(
+                slot.number, slot.gpa, slot.hva, slot.size_bytes, flags=flags, as_id=slot.as_id
+            )
+            self._slots[slot.as_id, slot.number] = changed
+        return changed
 
     def slots(self, as_id: int = 0) -> list[Slot]:
         """Return the slots of one address space, by address."""
-        found = (slot for slot in self._slots.values() if slot.as_id == as_id)
+        with self.lock.quick:
+            found = [slot for slot in self._slots.values() if slot.as_id == as_id]
         return sorted(found, key=lambda slot: slot.gpa)
 
     def read(self, gpa: Gpa, size_bytes: int, as_id: int = 0) -> bytes:
@@ -126,31 +156,38 @@ class GuestMemory:
 
         Raises GuestMemoryError: some of it is in no slot.
         """
-        parts = [
-            slot.backing[start : start + count]
-            for slot, start, count in self._pieces(gpa, size_bytes, as_id, "read")
-        ]
+        with self.lock.quick:
+            parts = [
+                slot.backing[start : start + count]
+                for slot, start, count in self._pieces(gpa, size_bytes, as_id, "read")
+            ]
         return b"".join(parts)
 
     def write(self, gpa: Gpa, data: bytes | bytearray | memoryview, as_id: int = 0) -> None:
         """Write bytes to guest memory; nothing is written unless all of it fits.
 
+        Waits while another thread has the memory frozen.
+
         Raises GuestMemoryError: some of it is in no slot.
         """
         done = 0
-        for slot, start, count in list(self._pieces(gpa, len(data), as_id, "write")):
-            slot.backing[start : start + count] = bytes(data[done : done + count])
-            done += count
+        with self.lock:
+            for slot, start, count in list(self._pieces(gpa, len(data), as_id, "write")):
+                slot.backing[start : start + count] = bytes(data[done : done + count])
+                self._note_written(slot, start, count)
+                done += count
 
     def zero(self, gpa: Gpa, size_bytes: int, as_id: int = 0) -> None:
         """Zero guest memory; pages that are zero stay untouched, and so unpopulated.
 
         Raises GuestMemoryError: some of it is in no slot.
         """
-        for slot, start, count in list(self._pieces(gpa, size_bytes, as_id, "zero")):
-            for at, size in _by_page(start, count):
-                if slot.backing[at : at + size] != _ZERO_PAGE[:size]:
-                    slot.backing[at : at + size] = _ZERO_PAGE[:size]
+        with self.lock:
+            for slot, start, count in list(self._pieces(gpa, size_bytes, as_id, "zero")):
+                for at, size in _by_page(start, count):
+                    if slot.backing[at : at + size] != _ZERO_PAGE[:size]:
+                        slot.backing[at : at + size] = _ZERO_PAGE[:size]
+                        self._note_written(slot, at, size)
 
     def read_int(self, gpa: Gpa, size_bytes: int, as_id: int = 0) -> int:
         """Return a little-endian integer from guest memory."""
@@ -174,19 +211,55 @@ class GuestMemory:
         Raises GuestMemoryError: the place or the number is taken.
         Raises KvmError: KVM refused the slot.
         """
-        self._check_place(gpa, len(backing), as_id)
-        if (as_id, number) in self._slots:
-            raise GuestMemoryError(f"slot {number} (as_id {as_id}) is taken")
-        return self._insert(gpa, as_id, flags, backing, number)
+        with self.lock:
+            self._check_place(gpa, len(backing), as_id)
+            if (as_id, number) in self._slots:
+                raise GuestMemoryError(f"slot {number} (as_id {as_id}) is taken")
+            return self._insert(gpa, as_id, flags, backing, number)
 
     def all_slots(self) -> list[Slot]:
         """Return the slots of all address spaces, by space and number."""
-        return [self._slots[key] for key in sorted(self._slots)]
+        with self.lock.quick:
+            return [self._slots[key] for key in sorted(self._slots)]
 
     def exchange(self, other: GuestMemory) -> None:
         """Swap slots, mappings and VM with another one; addresses mean the other's memory then."""
-        self._vm, other._vm = other._vm, self._vm
-        self._slots, other._slots = other._slots, self._slots
+        with self.lock.quick, other.lock.quick:
+            self._vm, other._vm = other._vm, self._vm
+            self._slots, other._slots = other._slots, self._slots
+
+    # What goes on while a machine is copied
+
+    def track_writes(self) -> None:
+        """Remember from now on which pages are written through this object.
+
+        KVM does not: its dirty log has what the guest and KVM itself write.
+
+        Raises GuestMemoryError: they are tracked already.
+        """
+        with self.lock.quick:
+            if self._written is not None:
+                raise GuestMemoryError("writes to this memory are being tracked already")
+            self._written = set()
+
+    def take_written(self) -> set[SlotPage]:
+        """Return the pages written since the last call; empty if they are not tracked."""
+        with self.lock.quick:
+            written = self._written
+            if not written:
+                return set()
+            self._written = set()
+            return written
+
+    def forget_writes(self) -> None:
+        """End `track_writes`; nothing, if they are not tracked."""
+        with self.lock.quick:
+            self._written = None
+
+    def _note_written(self, slot: Slot, start: int, size_bytes: int) -> None:
+        if self._written is not None and size_bytes:
+            pages = range(start // PAGE_SIZE, (start + size_bytes - 1) // PAGE_SIZE + 1)
+            self._written.update((slot.as_id, slot.number, page) for page in pages)
 
     def close(self) -> None:
         """Unmap everything. The VM must be gone first, or it would use freed addresses."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from harness.errors import ScenarioFailure
@@ -15,7 +16,7 @@ from harness.machine.guest_abi import STAGE_PORT, Stage
 from harness.machine.hang import VcpuTimeout, describe_hang
 from harness.machine.memory import GuestMemory
 from harness.machine.watchdog import WATCHDOG
-from kvm_ioctl.exits import Exit, Interrupted, IoExit
+from kvm_ioctl.exits import DirtyRingFullExit, Exit, Interrupted, IoExit
 from kvm_ioctl.handles import Vcpu, Vm
 
 STUCK_STATUS = 70
@@ -23,6 +24,7 @@ STUCK_STATUS = 70
 
 _KEPT_EXITS = 8
 _MOST_PIECES = 1 << 16
+_NOT_FOR_CALLERS = (Interrupted, DirtyRingFullExit)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class MachineVcpu:
         """The KVM handle, for any ioctl."""
         self.supervised = False
         """Another thread waits for this one and deals with it if it gets stuck."""
+        self.on_ring_full: Callable[[], None] | None = None
+        """Answers KVM_EXIT_DIRTY_RING_FULL; without, the exit is returned as any other."""
         self.stuck = False
         """Signals did not get the running thread out of KVM_RUN."""
         self._vm = vm
@@ -181,12 +185,16 @@ class MachineVcpu:
     def _enter(self, timeout_s: float) -> Exit | Kicked:
         while True:
             exit_ = self.vcpu.enter()
-            if not isinstance(exit_, Interrupted):
+            if not isinstance(exit_, _NOT_FOR_CALLERS):
                 self._last_exits.append(exit_)
                 return exit_
-            if self._kicked:
+            if isinstance(exit_, DirtyRingFullExit):
+                if self.on_ring_full is None:
+                    return exit_
+                self.on_ring_full()
+            elif self._kicked:
                 return Kicked()
-            if self._gate.closed:
+            elif self._gate.closed:
                 self._disarm()
                 self._begin(timeout_s)
             elif WATCHDOG.has_fired(self._watch):

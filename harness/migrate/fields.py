@@ -10,8 +10,15 @@ from typing import Any, Final
 from harness.migrate.state import VM_PARTS, MachineState
 from harness.migrate.vcpu_parts import VCPU_PARTS, entries_of
 from harness.svm.vmcb import VMCB_SIZE, vmcb
-from kvm_ioctl.asm_kvm import kvm_cpuid_entry2, kvm_msr_entry, kvm_nested_state, kvm_sregs
+from kvm_ioctl.asm_kvm import (
+    NestedFormat,
+    kvm_cpuid_entry2,
+    kvm_msr_entry,
+    kvm_nested_state,
+    kvm_sregs,
+)
 from kvm_ioctl.cstruct import CStruct
+from kvm_ioctl.linux_kvm import kvm_irqchip
 
 Value = int | str
 Fields = dict[str, Value]
@@ -26,7 +33,7 @@ def state_fields(state: MachineState) -> Fields:
     """Return every value of a state by its name: `vcpu0.regs.rip`, `vcpu0.msrs.0xc0000080`."""
     fields: Fields = {}
     for name, data in state.vm.items():
-        fields |= _prefixed(name, struct_fields(VM_PARTS[name].kind, data))
+        fields |= _prefixed(name, _vm_part(name, data))
     for number, parts in enumerate(state.vcpus):
         for name, data in parts.items():
             fields |= _prefixed(f"vcpu{number}.{name}", part_fields(name, data))
@@ -43,6 +50,15 @@ def part_fields(name: str, data: bytes) -> Fields:
 def struct_fields(kind: type[CStruct], data: bytes) -> Fields:
     """Return the values of a struct; long byte arrays in pieces of 16."""
     return dict(_flat("", kind.from_bytes(data).fields_dict()))
+
+
+def _vm_part(name: str, data: bytes) -> Fields:
+    kind = VM_PARTS[name].kind
+    if kind is not kvm_irqchip:
+        return struct_fields(kind, data)
+    # A union: chip_id says of what, and the part's name says it too.
+    chip = kvm_irqchip.from_bytes(data).chip
+    return dict(_flat("", (chip.ioapic if name == "ioapic" else chip.pic).fields_dict()))
 
 
 def _cpuid(data: bytes) -> Fields:
@@ -65,7 +81,29 @@ def _sregs(data: bytes) -> Fields:
 
 
 def _xsave(data: bytes) -> Fields:
-    return dict(_bytes("", data))
+    return dict(_bytes("", canonical_xsave(data)))
+
+
+_XSTATE_BV: Final = 512
+_INITIAL: Final = (
+    (0, 0, b"\x7f\x03" + bytes(22)),
+    (0, 32, bytes(128)),
+    (1, 160, bytes(256)),
+    (2, 576, bytes(256)),
+)
+"""Bit of XSTATE_BV, offset, and bytes of x87 (control words, ST), XMM and YMM_Hi when initial."""
+
+
+def canonical_xsave(data: bytes) -> bytes:
+    """Return an XSAVE area without the bits of XSTATE_BV whose components are in initial state.
+
+    Such a bit says that the registers were touched, not what they hold: of one vCPU that did
+    nothing in between it reads 0 and 1 (APM vol. 2, 11.5.6 "XSAVE Area", XSTATE_BV).
+    """
+    used = {bit for bit, at, initial in _INITIAL if data[at : at + len(initial)] != initial}
+    unused = sum(1 << bit for bit in {bit for bit, _, _ in _INITIAL} - used)
+    held = int.from_bytes(data[_XSTATE_BV : _XSTATE_BV + 8], "little") & ~unused
+    return data[:_XSTATE_BV] + held.to_bytes(8, "little") + data[_XSTATE_BV + 8 :]
 
 
 def _lapic(data: bytes) -> Fields:
@@ -82,7 +120,9 @@ def _nested(data: bytes) -> Fields:
         "vmcb_pa": state.hdr.svm.vmcb_pa,
         "gpat": state.hdr.svm.gpat,
     }
-    if len(state.data) >= VMCB_SIZE:
+    if state.format != NestedFormat.KVM_STATE_NESTED_FORMAT_SVM:
+        fields |= dict(_bytes("data", bytes(state.data)))
+    elif len(state.data) >= VMCB_SIZE:
         block = vmcb.from_bytes(bytes(state.data[:VMCB_SIZE]))
         fields |= _prefixed("vmcb12", struct_fields(vmcb, block.as_bytes()))
     return fields

@@ -7,23 +7,11 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from harness.migrate.errors import Refused, StreamError
-from kvm_ioctl.capabilities import Cap
+from harness.migrate.offers import offers
+from harness.migrate.stream import shortened
 from kvm_ioctl.handles import Kvm
 
 ARCHITECTURE: Final = "x86_64"
-
-CAPABILITIES: Final = (
-    Cap.KVM_CAP_NESTED_STATE,
-    Cap.KVM_CAP_X86_SMM,
-    Cap.KVM_CAP_XSAVE2,
-    Cap.KVM_CAP_SREGS2,
-    Cap.KVM_CAP_XCRS,
-    Cap.KVM_CAP_EXCEPTION_PAYLOAD,
-    Cap.KVM_CAP_X86_TRIPLE_FAULT_EVENT,
-    Cap.KVM_CAP_TSC_CONTROL,
-    Cap.KVM_CAP_VCPU_ATTRIBUTES,
-)
-"""Those that decide what of a machine can be given and taken."""
 
 
 def fingerprint(kvm: Kvm) -> dict[str, Any]:
@@ -31,17 +19,23 @@ def fingerprint(kvm: Kvm) -> dict[str, Any]:
     return {
         "architecture": os.uname().machine,
         "kernel": os.uname().release,
-        "capabilities": {cap.name: kvm.check_extension(cap) for cap in CAPABILITIES},
+        "capabilities": {cap.name: value for cap, value in offers(kvm).capabilities.items()},
     }
 
 
-def check(found: Mapping[str, Any]) -> None:
-    """Look whether a stream can be for this machine at all.
+def check(found: object) -> Mapping[str, Any]:
+    """Look whether a stream can be for this machine at all; return its fingerprint.
 
     Raises StreamError: malformed.
     Raises Refused: of another architecture.
     """
-    if not isinstance(found, dict) or not isinstance(found.get("capabilities"), dict):
+    if not isinstance(found, dict) or set(found) != {"architecture", "kernel", "capabilities"}:
         raise StreamError("header: the fingerprint is malformed")
-    if found.get("architecture") != ARCHITECTURE:
-        raise Refused(f"a machine of architecture {found.get('architecture')!r}")
+    architecture, kernel, offered = (found[k] for k in ("architecture", "kernel", "capabilities"))
+    if not isinstance(architecture, str) or not isinstance(kernel, str):
+        raise StreamError("header: the fingerprint's architecture or kernel is no text")
+    if not isinstance(offered, dict) or not all(type(value) is int for value in offered.values()):
+        raise StreamError("header: the fingerprint's capabilities are no numbers")
+    if architecture != ARCHITECTURE:
+        raise Refused(f"a machine of architecture {shortened(repr(architecture))}")
+    return found

@@ -16,8 +16,10 @@ RUN_PAGES: Final = 256
 """The most pages in one run; 1 MiB."""
 
 _PAGEMAP_ENTRY = 8
+_CHUNK_BYTES = 256 * _PAGEMAP_ENTRY
 _PRESENT_OR_SWAPPED = 3 << 62
 """Documentation/admin-guide/mm/pagemap.rst, bits 63 and 62."""
+_TOP_BYTE, _IN_TOP_BYTE = 7, _PRESENT_OR_SWAPPED >> 56
 _ZERO_PAGE: Final = bytes(PAGE_SIZE)
 
 
@@ -40,8 +42,20 @@ def populated(backing: mmap.mmap) -> list[int]:
     pages = len(backing) // PAGE_SIZE
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         data = os.pread(file.fileno(), pages * _PAGEMAP_ENTRY, address // PAGE_SIZE * 8)
-    entries = array("Q", data)
-    return [page for page, entry in enumerate(entries) if entry & _PRESENT_OR_SWAPPED]
+    return list(_present(data))
+
+
+def _present(entries: bytes) -> Iterator[int]:
+    """Yield the numbers of the entries that have a page.
+
+    Most of a machine's memory has none: what is all alike is looked at once.
+    """
+    for at in range(0, len(entries), _CHUNK_BYTES):
+        raw = entries[at : at + _CHUNK_BYTES]
+        all_alike = raw == raw[:_PAGEMAP_ENTRY] * (len(raw) // _PAGEMAP_ENTRY)
+        if not all_alike or raw[_TOP_BYTE] & _IN_TOP_BYTE:
+            numbered = enumerate(array("Q", raw), at // _PAGEMAP_ENTRY)
+            yield from (page for page, entry in numbered if entry & _PRESENT_OR_SWAPPED)
 
 
 def not_zero(backing: mmap.mmap, pages: Iterable[int]) -> Iterator[int]:

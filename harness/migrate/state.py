@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
+from harness.errors import HarnessError
 from harness.machine.machine import Machine
 from harness.migrate.errors import Refused
 from harness.migrate.notes import Note
+from harness.migrate.offers import offers
+from harness.migrate.parts import Need, Part, Size
 from harness.migrate.shape import wants_whole_events
 from harness.migrate.vcpu_parts import VCPU_PARTS, Notes, Source, Target
 from kvm_ioctl.asm_kvm import IrqchipId
-from kvm_ioctl.cstruct import CStruct
 from kvm_ioctl.handles import Kvm, Vm
 from kvm_ioctl.linux_kvm import kvm_clock_data, kvm_irqchip
 from kvm_ioctl.request import KvmError
@@ -34,15 +36,11 @@ class MachineState:
 
 
 @dataclass(frozen=True)
-class VmPart:
-    """One part of the VM's own state."""
+class VmPart(Part):
+    """One part of the VM's own state: how it is read and written."""
 
-    name: str
-    kind: type[CStruct]
     read: Callable[[Vm], bytes]
     write: Callable[[Vm, bytes], None]
-    irqchip: bool
-    """Only there with interrupt controllers in the kernel."""
 
 
 def _write_clock(vm: Vm, data: bytes) -> None:
@@ -50,18 +48,24 @@ def _write_clock(vm: Vm, data: bytes) -> None:
     vm.set_clock(kvm_clock_data(clock=kvm_clock_data.from_bytes(data).clock))
 
 
+def _write_chip(vm: Vm, data: bytes) -> None:
+    vm.set_irqchip(kvm_irqchip.from_bytes(data))
+
+
 def _chip(name: str, chip: IrqchipId) -> VmPart:
+    def flaw(data: bytes) -> str | None:
+        says = kvm_irqchip.from_bytes(data).chip_id
+        return None if says == chip else f"chip_id is {says}, not {chip.name}"
+
     return VmPart(
         name,
         kvm_irqchip,
+        Size.of(kvm_irqchip),
         lambda vm: vm.get_irqchip(chip).as_bytes(),
-        lambda vm, data: _set_irqchip(vm, data),
-        irqchip=True,
+        _write_chip,
+        need=Need.IRQCHIP,
+        flaw=flaw,
     )
-
-
-def _set_irqchip(vm: Vm, data: bytes) -> None:
-    vm.set_irqchip(kvm_irqchip.from_bytes(data))
 
 
 VM_PARTS: Final = {
@@ -70,7 +74,13 @@ VM_PARTS: Final = {
         _chip("pic_master", IrqchipId.KVM_IRQCHIP_PIC_MASTER),
         _chip("pic_slave", IrqchipId.KVM_IRQCHIP_PIC_SLAVE),
         _chip("ioapic", IrqchipId.KVM_IRQCHIP_IOAPIC),
-        VmPart("clock", kvm_clock_data, lambda vm: vm.get_clock().as_bytes(), _write_clock, False),
+        VmPart(
+            "clock",
+            kvm_clock_data,
+            Size.of(kvm_clock_data),
+            lambda vm: vm.get_clock().as_bytes(),
+            _write_clock,
+        ),
     )
 }
 """In the order of restore; the clock last, so that it stands for as short as can be."""
@@ -78,7 +88,7 @@ VM_PARTS: Final = {
 
 def msr_indices(kvm: Kvm) -> tuple[int, ...]:
     """Return the MSRs that hold state, by this kernel's own list."""
-    return tuple(kvm.msr_index_list())
+    return offers(kvm).msr_indices
 
 
 def capture(machine: Machine, indices: Sequence[int] | None = None) -> MachineState:
@@ -86,7 +96,7 @@ def capture(machine: Machine, indices: Sequence[int] | None = None) -> MachineSt
 
     Args:
         machine: whose vCPUs are not running.
-        indices: what `msr_indices` gave, to ask only once.
+        indices: the MSRs to ask for; by default those of `msr_indices`.
 
     Raises MachineError: an instruction's I/O does not end.
     Raises KvmError: KVM refused to say something.
@@ -96,16 +106,18 @@ def capture(machine: Machine, indices: Sequence[int] | None = None) -> MachineSt
     for runner in machine.vcpus:
         runner.finish_io()
     notes: Notes = []
-    listed = tuple(msr_indices(machine.kvm) if indices is None else indices)
+    offered = offers(machine.kvm)
+    if indices is not None:
+        offered = replace(offered, msr_indices=tuple(indices))
     vcpus = []
     for runner in machine.vcpus:
-        source = Source(runner.vcpu, listed, machine.irqchip, notes)
+        source = Source(runner.vcpu, offered, machine.irqchip, notes)
         read = ((name, part.read(source)) for name, part in VCPU_PARTS.items())
         vcpus.append({name: data for name, data in read if data is not None})
     vm = {
         part.name: part.read(machine.vm)
         for part in VM_PARTS.values()
-        if machine.irqchip or not part.irqchip
+        if machine.irqchip or part.need is not Need.IRQCHIP
     }
     return MachineState(vm, tuple(vcpus), tuple(dict.fromkeys(notes)))
 
@@ -118,16 +130,19 @@ def restore(machine: Machine, state: MachineState, order: Sequence[str]) -> list
         state: what `capture` gave.
         order: the names of all vCPU parts, see `orders`.
 
+    Raises HarnessError: the order is not one of all parts.
     Raises Refused: KVM does not take a part; the message names it.
 
     """
+    if sorted(order) != sorted(VCPU_PARTS):
+        raise HarnessError(f"an order has each of {', '.join(VCPU_PARTS)}; got {', '.join(order)}")
     notes: Notes = []
     for part in VM_PARTS.values():
-        if part.irqchip and part.name in state.vm:
+        if part.need is Need.IRQCHIP and part.name in state.vm:
             with _naming(part.name):
                 part.write(machine.vm, state.vm[part.name])
     for runner, parts in zip(machine.vcpus, state.vcpus, strict=True):
-        target = Target(runner.vcpu, machine.irqchip, notes)
+        target = Target(runner.vcpu, offers(machine.kvm), machine.irqchip, notes)
         for name in order:
             if name in parts:
                 with _naming(f"vcpu {runner.index}: {name}"):

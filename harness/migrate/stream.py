@@ -1,37 +1,43 @@
 """The stream that a machine travels in: what its bytes mean.
 
-A stream is the 8 bytes of `MAGIC`, `VERSION` (2 bytes), 6 bytes of zero, and sections. All numbers
-are little-endian. A section is a header and a body::
+A stream is the 8 bytes of `MAGIC`, `VERSION` (2 bytes), 6 bytes of zero, and sections; nothing
+comes after the last one. All numbers are little-endian. A section is a header and a body::
 
     offset  size  header
          0     4  tag, four letters
          4     4  sequence number, from 0
-         8     8  bytes of the body
-        16     4  CRC-32 of the body
+         8     8  bytes of the body, at most what `LONGEST` says for the tag
+        16     4  CRC-32 (zlib's) of the body
         20     4  CRC-32 of the 20 bytes before
 
     tag    body
-    HEAD   JSON: fingerprint of the source, shape of the machine
-    PAGE   mapping (4), zero (4), first page (8), then whole pages
-    VMST   parts of the VM's state
-    VCPU   number (4), then parts of the vCPU's state
-    SIDE   name (as in parts), then JSON: what the machine's user needs to go on
+    HEAD   JSON: {"source": fingerprint of the source, "shape": `Shape.to_json` of the machine}
+    PAGE   mapping (4), zero (4), first page (8), then 1 to `RUN_PAGES` whole pages of 4096 bytes
+    VMST   parts of the VM's state, `VM_PARTS`
+    VCPU   number (4), then parts of the vCPU's state, `VCPU_PARTS`
+    SIDE   name, then JSON: what the machine's user needs to go on
     DONE   the number of sections before it (8)
 
-Parts are: length of the name (1), name, length of the data (4), data; the data are KVM's structs.
+A name is its length (1), then 1 to 255 printable ASCII characters. A part is a name, the length of
+the data (4), and the data: KVM's struct, or structs, of that part. No part comes twice; which ones
+must come, and how long each may be, is said where they are declared. JSON is UTF-8 without NaN or
+infinities and without a key that comes twice in one object.
 
 The order is HEAD, PAGE and SIDE in any number, VMST, VCPU for each vCPU from 0 up, SIDE in any
-number, DONE. A page that comes twice counts as it came last, which is what live migration does. A
-stream from the future, with another version or tag, is refused: nothing of it may be ignored.
+number, DONE. Names of SIDEs differ. A page that comes twice counts as it came last, which is what
+live migration does; one that never comes is zero. A stream from the future, with another version,
+tag, part or key, is refused: nothing of it may be ignored.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, Final, Protocol
 
 from harness.machine.memory import PAGE_SIZE
@@ -41,26 +47,29 @@ from harness.migrate.memory_image import RUN_PAGES, Run
 MAGIC: Final = b"NSVMMIGR"
 VERSION: Final = 1
 
-_START: Final = struct.Struct("<8sH6x")
+_START: Final = struct.Struct("<8sH6s")
 _HEADER: Final = struct.Struct("<4sIQI")
 _CRC: Final = struct.Struct("<I")
-_PAGE_HEADER: Final = struct.Struct("<I4xQ")
+_PAGE_HEADER: Final = struct.Struct("<IIQ")
 _NUMBER: Final = struct.Struct("<I")
 _COUNT: Final = struct.Struct("<Q")
 
 HEAD, PAGE, VMST, VCPU, SIDE, DONE = b"HEAD", b"PAGE", b"VMST", b"VCPU", b"SIDE", b"DONE"
 
 LONGEST: Final = {
-    HEAD: 16 << 20,
+    HEAD: 1 << 20,
     PAGE: _PAGE_HEADER.size + RUN_PAGES * PAGE_SIZE,
     VMST: 1 << 20,
-    VCPU: 16 << 20,
-    SIDE: 64 << 20,
+    VCPU: 1 << 20,
+    SIDE: 8 << 20,
     DONE: _COUNT.size,
 }
 """Bytes that a body may have; more is refused before any of it is read."""
 
-_MOST_PARTS = 256
+_READ_BYTES: Final = 1 << 20
+"""Asked for at once, so that memory is taken for what came and not for what a header claims."""
+
+_LONGEST_NAME: Final = 255
 
 
 class Source(Protocol):
@@ -94,21 +103,24 @@ class Section:
 
 
 class StreamWriter:
-    """Writes one stream."""
+    """Writes one stream.
+
+    Every method raises StreamError for what no reader would take.
+    """
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
         self.sections = 0
         self.written_bytes = 0
-        self._put(_START.pack(MAGIC, VERSION))
+        self._put(_START.pack(MAGIC, VERSION, bytes(6)))
 
     def head(self, data: Mapping[str, Any]) -> None:
         """Write the header."""
-        self._section(HEAD, _json(data))
+        self._section(HEAD, pack_json(data, "header"))
 
     def pages(self, run: Run, data: bytes | memoryview) -> None:
         """Write a run of pages."""
-        self._section(PAGE, _PAGE_HEADER.pack(run.backing, run.first), data)
+        self._section(PAGE, _PAGE_HEADER.pack(run.backing, 0, run.first), data)
 
     def vm(self, parts: Mapping[str, bytes]) -> None:
         """Write the VM's state."""
@@ -120,7 +132,7 @@ class StreamWriter:
 
     def side(self, name: str, data: Any) -> None:
         """Write what the machine's user needs, as JSON."""
-        self._section(SIDE, pack_name(name), _json(data))
+        self._section(SIDE, pack_name(name), pack_json(data, f"side {name!r}"))
 
     def done(self) -> None:
         """End the stream."""
@@ -128,6 +140,8 @@ class StreamWriter:
 
     def _section(self, tag: bytes, *pieces: bytes | memoryview) -> None:
         size = sum(map(len, pieces))
+        if size > LONGEST[tag]:
+            raise StreamError(f"a {tag.decode()} of {size} bytes: {_at_most(tag)}")
         crc = 0
         for piece in pieces:
             crc = zlib.crc32(piece, crc)
@@ -153,27 +167,29 @@ class StreamReader:
         self._source = source
         self.offset = 0
         self._number = 0
-        magic, version = _START.unpack(self._take(_START.size, "the start"))
+        magic, version, zero = _START.unpack(self._take(_START.size, "the start"))
         if magic != MAGIC:
             raise StreamError(f"not a machine's stream: it starts with {magic!r}")
         if version != VERSION:
             raise StreamError(f"stream version {version}, this harness reads {VERSION}")
+        if any(zero):
+            raise StreamError(f"the start: {zero.hex(' ')} where zeroes must be")
 
     def sections(self) -> Iterator[Section]:
         """Yield the sections, DONE being the last.
 
         Raises StreamError: malformed, truncated or out of order.
         """
-        previous = b""
-        while previous != DONE:
+        phase, previous = _Phase.START, "the start"
+        while phase is not _Phase.END:
             section = self._section()
-            if section.tag not in _AFTER[previous]:
-                after = previous.decode() or "the start"
-                raise StreamError(f"{section.where}: not allowed after {after}")
-            if section.tag == DONE:
+            following = _NEXT.get((phase, section.tag))
+            if following is None:
+                raise StreamError(f"{section.where}: not allowed after {previous}")
+            if following is _Phase.END:
                 _check_done(section)
+            phase, previous = following, section.tag.decode()
             yield section
-            previous = section.tag if section.tag != SIDE or previous != VCPU else VCPU
 
     def expect_end(self) -> None:
         """Make sure that nothing follows.
@@ -196,7 +212,7 @@ class StreamReader:
             raise StreamError(f"{what}: numbered {number} at offset {start:#x}")
         what += f" ({tag.decode()} at offset {start:#x})"
         if size > LONGEST[tag]:
-            raise StreamError(f"{what}: {size} bytes, at most {LONGEST[tag]} are possible")
+            raise StreamError(f"{what}: {size} bytes, {_at_most(tag)}")
         body = self._take(size, what)
         if zlib.crc32(body) != crc:
             raise StreamError(f"{what}: checksum of the body is wrong")
@@ -207,7 +223,7 @@ class StreamReader:
         parts = []
         missing = size
         while missing:
-            data = self._source.read(missing)
+            data = self._source.read(min(missing, _READ_BYTES))
             if not data:
                 have = size - missing
                 raise StreamError(f"{what}: cut off after {have} of {size} bytes")
@@ -217,14 +233,32 @@ class StreamReader:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-_AFTER: Final[Mapping[bytes, tuple[bytes, ...]]] = {
-    b"": (HEAD,),
-    HEAD: (PAGE, SIDE, VMST),
-    PAGE: (PAGE, SIDE, VMST),
-    SIDE: (PAGE, SIDE, VMST),
-    VMST: (VCPU, DONE),
-    VCPU: (VCPU, SIDE, DONE),
+class _Phase(Enum):
+    """How far a stream has come."""
+
+    START = auto()
+    MEMORY = auto()
+    VCPUS = auto()
+    SIDES = auto()
+    END = auto()
+
+
+_NEXT: Final[Mapping[tuple[_Phase, bytes], _Phase]] = {
+    (_Phase.START, HEAD): _Phase.MEMORY,
+    (_Phase.MEMORY, PAGE): _Phase.MEMORY,
+    (_Phase.MEMORY, SIDE): _Phase.MEMORY,
+    (_Phase.MEMORY, VMST): _Phase.VCPUS,
+    (_Phase.VCPUS, VCPU): _Phase.VCPUS,
+    (_Phase.VCPUS, SIDE): _Phase.SIDES,
+    (_Phase.VCPUS, DONE): _Phase.END,
+    (_Phase.SIDES, SIDE): _Phase.SIDES,
+    (_Phase.SIDES, DONE): _Phase.END,
 }
+"""What may come next, and where that leads."""
+
+
+def _at_most(tag: bytes) -> str:
+    return f"at most {LONGEST[tag]} are possible"
 
 
 def _check_done(section: Section) -> None:
@@ -232,8 +266,16 @@ def _check_done(section: Section) -> None:
         raise StreamError(f"{section.where}: counts other sections than there were")
 
 
-def _json(data: Any) -> bytes:
-    return json.dumps(data, separators=(",", ":"), sort_keys=True).encode()
+def pack_json(data: Any, what: str) -> bytes:
+    """Return data as JSON in the one way that this stream has.
+
+    Raises StreamError: `what` holds something that JSON cannot say.
+    """
+    try:
+        text = json.dumps(data, separators=(",", ":"), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise StreamError(f"{what}: cannot be said in JSON ({e})") from None
+    return text.encode()
 
 
 def parse_json(section: Section, data: bytes) -> Any:
@@ -242,15 +284,44 @@ def parse_json(section: Section, data: bytes) -> Any:
     Raises StreamError: it is none.
     """
     try:
-        return json.loads(data)
+        # Decoded here, for json.loads would take UTF-16 and UTF-32 too.
+        return json.loads(
+            data.decode(),
+            parse_float=_finite,
+            parse_constant=_finite,
+            object_pairs_hook=_unique_keys,
+        )
     except (ValueError, RecursionError) as e:
-        raise StreamError(f"{section.where}: malformed JSON ({e})") from None
+        raise StreamError(f"{section.where}: malformed JSON ({shortened(str(e))})") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Return what a stream says, fit to be quoted in a line."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def pack_name(name: str) -> bytes:
-    """Return a name with its length before it."""
-    data = name.encode("ascii")
-    return bytes([len(data)]) + data
+    """Return a name with its length before it.
+
+    Raises StreamError: it cannot be one.
+    """
+    if not (name.isascii() and name.isprintable() and 0 < len(name) <= _LONGEST_NAME):
+        raise StreamError(f"{shortened(repr(name))} is no name for a stream")
+    return bytes([len(name)]) + name.encode("ascii")
 
 
 def pack_parts(parts: Mapping[str, bytes]) -> bytes:
@@ -267,10 +338,10 @@ def unpack_name(section: Section, at: int) -> tuple[str, int]:
     """
     body = section.body
     size = body[at] if at < len(body) else 0
-    name = body[at + 1 : at + 1 + size]
-    if not size or len(name) != size or not name.isascii():
+    name = body[at + 1 : at + 1 + size].decode("latin-1")
+    if not (len(name) == size > 0 and name.isascii() and name.isprintable()):
         raise StreamError(f"{section.where}: no name at {at:#x} of the body")
-    return name.decode("ascii"), at + 1 + size
+    return name, at + 1 + size
 
 
 def unpack_parts(section: Section, at: int, known: Iterable[str]) -> dict[str, bytes]:
@@ -327,7 +398,9 @@ def unpack_pages(section: Section, backings: tuple[int, ...]) -> tuple[Run, memo
     body = memoryview(section.body)
     if len(body) <= _PAGE_HEADER.size or (len(body) - _PAGE_HEADER.size) % PAGE_SIZE:
         raise StreamError(f"{section.where}: {len(body)} bytes are not whole pages")
-    backing, first = _PAGE_HEADER.unpack_from(body)
+    backing, zero, first = _PAGE_HEADER.unpack_from(body)
+    if zero:
+        raise StreamError(f"{section.where}: {zero:#x} where zero must be")
     run = Run(backing, first, (len(body) - _PAGE_HEADER.size) // PAGE_SIZE)
     if backing >= len(backings) or (first + run.count) * PAGE_SIZE > backings[backing]:
         raise StreamError(

@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import mmap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from harness.machine.machine import Machine
 from harness.machine.memory import PAGE_SIZE
 from harness.migrate import fingerprint
-from harness.migrate.errors import Refused, StreamError
+from harness.migrate.contents import Contents
+from harness.migrate.errors import StreamError
 from harness.migrate.memory_image import not_zero, populated, runs
 from harness.migrate.notes import Note
 from harness.migrate.orders import DEFAULT
 from harness.migrate.shape import BlankMachine, Shape, backings_of
-from harness.migrate.state import VM_PARTS, MachineState, capture, restore
+from harness.migrate.state import MachineState, capture, restore
 from harness.migrate.stream import (
     DONE,
     HEAD,
     PAGE,
-    SIDE,
-    VCPU,
-    VMST,
     Section,
     Sink,
     Source,
     StreamReader,
     StreamWriter,
-    parse_json,
     unpack_pages,
-    unpack_parts,
-    unpack_side,
-    unpack_vcpu,
 )
-from harness.migrate.vcpu_parts import VCPU_PARTS
 from kvm_ioctl.handles import Kvm
 
 
@@ -47,10 +41,20 @@ def write_memory(writer: StreamWriter, machine: Machine) -> int:
     """Write all pages that are not zero; return how many."""
     count = 0
     for number, backing in enumerate(backings_of(machine)):
-        for run in runs(number, not_zero(backing, populated(backing))):
-            at = run.first * PAGE_SIZE
-            writer.pages(run, backing[at : at + run.count * PAGE_SIZE])
-            count += run.count
+        count += write_pages(writer, number, backing, not_zero(backing, populated(backing)))
+    return count
+
+
+def write_pages(writer: StreamWriter, number: int, backing: mmap.mmap, pages: Iterable[int]) -> int:
+    """Write pages of one mapping, in ascending order; return how many.
+
+    They may be written to meanwhile: what goes into the stream is a copy, checksum included.
+    """
+    count = 0
+    for run in runs(number, pages):
+        at = run.first * PAGE_SIZE
+        writer.pages(run, backing[at : at + run.count * PAGE_SIZE])
+        count += run.count
     return count
 
 
@@ -114,14 +118,14 @@ class Loader:
     `finish` hands the machine over, and only then does it stay.
     """
 
-    def __init__(self, kvm: Kvm, *, order: Sequence[str] = DEFAULT) -> None:
+    def __init__(
+        self, kvm: Kvm, *, order: Sequence[str] = DEFAULT, dirty_ring_bytes: int = 0
+    ) -> None:
         self._kvm = kvm
+        self._dirty_ring_bytes = dirty_ring_bytes
         self._order = order
         self._machine: BlankMachine | None = None
-        self._source: Mapping[str, Any] = {}
-        self._vm: dict[str, bytes] = {}
-        self._vcpus: list[dict[str, bytes]] = []
-        self._sides: dict[str, Any] = {}
+        self._contents = Contents()
         self.pages = 0
 
     def __enter__(self) -> Loader:
@@ -138,19 +142,13 @@ class Loader:
         Raises StreamError: it cannot be.
         Raises Refused: this kernel cannot have such a machine.
         """
+        self._contents.take(section)
         if section.tag == HEAD:
-            self._head(section)
+            self._machine = BlankMachine(
+                self._kvm, self._contents.shape, dirty_ring_bytes=self._dirty_ring_bytes
+            )
         elif section.tag == PAGE:
             self._page(section)
-        elif section.tag == VMST:
-            self._vm = unpack_parts(section, 0, VM_PARTS)
-        elif section.tag == VCPU:
-            self._vcpu(section)
-        elif section.tag == SIDE:
-            name, data = unpack_side(section)
-            if name in self._sides:
-                raise StreamError(f"{section.where}: {name!r} is there twice")
-            self._sides[name] = data
         return section.tag == DONE
 
     def finish(self) -> Loaded:
@@ -159,30 +157,16 @@ class Loader:
         Raises StreamError: vCPUs are missing.
         Raises Refused: KVM does not take a part.
         """
-        machine = self._built()
-        if len(self._vcpus) != machine.shape.vcpus:
-            raise StreamError(f"{len(self._vcpus)} vCPUs of {machine.shape.vcpus} came")
-        state = MachineState(self._vm, tuple(self._vcpus))
+        contents = self._contents
+        state, machine = contents.state(), self._built()
         notes = restore(machine, state, self._order)
         self._machine = None
-        return Loaded(machine, state, self._sides, notes, self._source)
+        return Loaded(machine, state, contents.sides, notes, contents.source)
 
     def _built(self) -> BlankMachine:
         if self._machine is None:
             raise StreamError("there is no header")
         return self._machine
-
-    def _head(self, section: Section) -> None:
-        head = parse_json(section, section.body)
-        if not isinstance(head, dict) or "shape" not in head or "source" not in head:
-            raise StreamError(f"{section.where}: malformed")
-        fingerprint.check(head["source"])
-        self._source = head["source"]
-        shape = Shape.from_json(head["shape"])
-        try:
-            self._machine = BlankMachine(self._kvm, shape)
-        except Refused as e:
-            raise Refused(f"{section.where}: {e}") from e
 
     def _page(self, section: Section) -> None:
         machine = self._built()
@@ -190,12 +174,6 @@ class Loader:
         at = run.first * PAGE_SIZE
         machine.mappings[run.backing][at : at + len(data)] = data
         self.pages += run.count
-
-    def _vcpu(self, section: Section) -> None:
-        number, parts = unpack_vcpu(section, VCPU_PARTS)
-        if number != len(self._vcpus):
-            raise StreamError(f"{section.where}: vCPU {number}, {len(self._vcpus)} is next")
-        self._vcpus.append(parts)
 
 
 def load(kvm: Kvm, source: Source, *, order: Sequence[str] = DEFAULT) -> Loaded:

@@ -13,8 +13,12 @@ from typing import Final, TypeVar
 
 from harness.migrate.errors import Refused
 from harness.migrate.notes import Loss, Note
+from harness.migrate.offers import Offers
+from harness.migrate.parts import Need, Part, Size
 from harness.svm.msrs import Msr
 from kvm_ioctl.asm_kvm import (
+    KVM_STATE_NESTED_SVM_VMCB_SIZE,
+    KVM_STATE_NESTED_VMX_VMCS_SIZE,
     NestedStateFlags,
     Sregs2Flags,
     VcpuEventFlags,
@@ -31,9 +35,10 @@ from kvm_ioctl.asm_kvm import (
     kvm_xsave,
 )
 from kvm_ioctl.capabilities import Cap
-from kvm_ioctl.cstruct import CStruct
+from kvm_ioctl.cstruct import CStruct, packed_format
 from kvm_ioctl.handles import Vcpu
 from kvm_ioctl.linux_kvm import kvm_mp_state
+from kvm_ioctl.lists import cpuid_from_bytes, read_cpuid_bytes
 from kvm_ioctl.request import KvmError
 
 MTRR_MSRS: Final = (
@@ -48,6 +53,7 @@ _SREGS_COMMON: Final = (
     *("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt", "gdt", "idt"),
     *("cr0", "cr2", "cr3", "cr4", "cr8", "efer", "apic_base"),
 )
+_MSR: Final = packed_format(kvm_msr_entry)
 Notes = list[Note]
 S = TypeVar("S", bound=CStruct)
 
@@ -57,7 +63,7 @@ class Source:
     """Where parts are read from."""
 
     vcpu: Vcpu
-    msr_indices: tuple[int, ...]
+    offers: Offers
     irqchip: bool
     notes: Notes
 
@@ -67,17 +73,15 @@ class Target:
     """Where parts are written to."""
 
     vcpu: Vcpu
+    offers: Offers
     irqchip: bool
     notes: Notes
 
 
 @dataclass(frozen=True)
-class VcpuPart:
-    """One part: how it is read (None: there is none here) and written."""
+class VcpuPart(Part):
+    """One part of a vCPU's state: how it is read (None: there is none here) and written."""
 
-    name: str
-    kind: type[CStruct]
-    """What it is made of; `cpuid` and `msrs` have any number of these."""
     read: Callable[[Source], bytes | None]
     write: Callable[[Target, bytes], None]
 
@@ -86,11 +90,11 @@ class VcpuPart:
 
 
 def _read_cpuid(source: Source) -> bytes:
-    return b"".join(map(bytes, source.vcpu.get_cpuid2()))
+    return read_cpuid_bytes(source.vcpu, source.vcpu.KVM_GET_CPUID2)
 
 
 def _write_cpuid(target: Target, data: bytes) -> None:
-    target.vcpu.set_cpuid2(entries_of(kvm_cpuid_entry2, data))
+    target.vcpu.call(target.vcpu.KVM_SET_CPUID2, cpuid_from_bytes(data))
 
 
 def _read_tsc_khz(source: Source) -> bytes | None:
@@ -103,10 +107,9 @@ def _read_tsc_khz(source: Source) -> bytes | None:
 
 def _write_tsc_khz(target: Target, data: bytes) -> None:
     khz = int.from_bytes(data, "little")
-    if khz == target.vcpu.get_tsc_khz():
-        return
     try:
-        target.vcpu.call(target.vcpu.KVM_SET_TSC_KHZ, khz)
+        if khz != target.vcpu.get_tsc_khz():
+            target.vcpu.call(target.vcpu.KVM_SET_TSC_KHZ, khz)
     except KvmError as e:
         target.notes.append(Note(Loss.NOT_TAKEN, "tsc_khz", f"{khz} kHz: {e}"))
 
@@ -117,7 +120,7 @@ def _write_tsc_khz(target: Target, data: bytes) -> None:
 def _read_sregs(source: Source) -> bytes:
     """Prefer SREGS2: only they carry PDPTRs, which KVM otherwise reads from memory again."""
     vcpu = source.vcpu
-    if vcpu.vm.check_extension(Cap.KVM_CAP_SREGS2):
+    if source.offers.has(Cap.KVM_CAP_SREGS2):
         return vcpu.get_sregs2().as_bytes()
     return vcpu.get_sregs().as_bytes()
 
@@ -126,7 +129,7 @@ def _write_sregs(target: Target, data: bytes) -> None:
     vcpu = target.vcpu
     if len(data) == ctypes.sizeof(kvm_sregs):
         vcpu.set_sregs(kvm_sregs.from_bytes(data))
-    elif vcpu.vm.check_extension(Cap.KVM_CAP_SREGS2):
+    elif target.offers.has(Cap.KVM_CAP_SREGS2):
         vcpu.set_sregs2(kvm_sregs2.from_bytes(data))
     else:
         sregs2 = kvm_sregs2.from_bytes(data)
@@ -146,14 +149,14 @@ def _read_xsave(source: Source) -> bytes:
 
 
 def _write_xsave(target: Target, data: bytes) -> None:
-    size = max(target.vcpu.vm.check_extension(Cap.KVM_CAP_XSAVE2), ctypes.sizeof(kvm_xsave))
+    size = max(target.offers.capabilities[Cap.KVM_CAP_XSAVE2], ctypes.sizeof(kvm_xsave))
     if len(data) > size and any(data[size:]):
         raise Refused(f"xsave: {len(data)} bytes of state, this kernel takes {size}")
     target.vcpu.set_xsave(kvm_xsave.from_bytes(data[:size]))
 
 
 def _read_xcrs(source: Source) -> bytes | None:
-    if not source.vcpu.vm.check_extension(Cap.KVM_CAP_XCRS):
+    if not source.offers.has(Cap.KVM_CAP_XCRS):
         source.notes.append(Note(Loss.NOT_GIVEN, "xcrs", "no KVM_CAP_XCRS"))
         return None
     return source.vcpu.get_xcrs().as_bytes()
@@ -161,7 +164,7 @@ def _read_xcrs(source: Source) -> bytes | None:
 
 def _write_xcrs(target: Target, data: bytes) -> None:
     xcrs = kvm_xcrs.from_bytes(data)
-    if not target.vcpu.vm.check_extension(Cap.KVM_CAP_XCRS):
+    if not target.offers.has(Cap.KVM_CAP_XCRS):
         target.notes.append(Note(Loss.NOT_TAKEN, "xcrs", "no KVM_CAP_XCRS"))
         return
     if xcrs.nr_xcrs:
@@ -172,18 +175,18 @@ def _write_xcrs(target: Target, data: bytes) -> None:
 
 
 def _read_msrs(source: Source) -> bytes:
-    wanted = tuple(dict.fromkeys((*source.msr_indices, *UNLISTED_MSRS)))
+    wanted = tuple(dict.fromkeys((*source.offers.msr_indices, *UNLISTED_MSRS)))
     values = source.vcpu.get_msrs(wanted, skip_refused=True)
-    for index in source.msr_indices:
+    for index in source.offers.msr_indices:
         if index not in values:
             why = "in KVM_GET_MSR_INDEX_LIST, but KVM_GET_MSRS refuses it"
             source.notes.append(Note(Loss.NOT_GIVEN, f"msrs.{index:#x}", why))
-    return b"".join(bytes(kvm_msr_entry(index=i, data=d)) for i, d in values.items())
+    return b"".join(_MSR.pack(index, 0, value) for index, value in values.items())
 
 
 def _write_msrs(target: Target, data: bytes) -> None:
     """Write all; a refused MSR does not keep those after it from being written."""
-    values = [(entry.index, entry.data) for entry in entries_of(kvm_msr_entry, data)]
+    values = [(index, value) for index, _, value in _MSR.iter_unpack(data)]
     while values:
         taken = target.vcpu.set_msrs(dict(values))
         if taken < len(values):
@@ -193,7 +196,8 @@ def _write_msrs(target: Target, data: bytes) -> None:
 
 def _note_refused_msr(target: Target, index: int, value: int) -> None:
     now = target.vcpu.get_msrs([index], skip_refused=True).get(index)
-    if now == value:
+    # One that this kernel does not know holds no more than one that is 0.
+    if (now or 0) == value:
         return
     why = f"KVM_SET_MSRS refuses {value:#x}, " + (
         "and KVM_GET_MSRS does not know it" if now is None else f"it stays {now:#x}"
@@ -205,9 +209,8 @@ def _note_refused_msr(target: Target, index: int, value: int) -> None:
 
 
 def _read_events(source: Source) -> bytes:
-    vm = source.vcpu.vm
     for cap in (Cap.KVM_CAP_EXCEPTION_PAYLOAD, Cap.KVM_CAP_X86_TRIPLE_FAULT_EVENT):
-        if not vm.check_extension(cap):
+        if not source.offers.has(cap):
             source.notes.append(Note(Loss.NOT_GIVEN, "events", f"no {cap.name}"))
     return source.vcpu.get_vcpu_events().as_bytes()
 
@@ -218,7 +221,7 @@ def _write_events(target: Target, data: bytes) -> None:
         (VcpuEventFlags.KVM_VCPUEVENT_VALID_PAYLOAD, Cap.KVM_CAP_EXCEPTION_PAYLOAD),
         (VcpuEventFlags.KVM_VCPUEVENT_VALID_TRIPLE_FAULT, Cap.KVM_CAP_X86_TRIPLE_FAULT_EVENT),
     ):
-        if events.flags & flag and not target.vcpu.vm.check_extension(cap):
+        if events.flags & flag and not target.offers.has(cap):
             events.flags &= ~flag
             lost = flag != VcpuEventFlags.KVM_VCPUEVENT_VALID_TRIPLE_FAULT or (
                 events.triple_fault.pending
@@ -251,7 +254,7 @@ def _write_lapic(target: Target, data: bytes) -> None:
 
 
 def _read_nested(source: Source) -> bytes | None:
-    if not source.vcpu.vm.check_extension(Cap.KVM_CAP_NESTED_STATE):
+    if not source.offers.has(Cap.KVM_CAP_NESTED_STATE):
         source.notes.append(Note(Loss.NOT_GIVEN, "nested", "no KVM_CAP_NESTED_STATE"))
         return None
     return source.vcpu.get_nested_state().as_bytes()
@@ -259,7 +262,7 @@ def _read_nested(source: Source) -> bytes | None:
 
 def _write_nested(target: Target, data: bytes) -> None:
     state = kvm_nested_state.from_bytes(data)
-    if not target.vcpu.vm.check_extension(Cap.KVM_CAP_NESTED_STATE):
+    if not target.offers.has(Cap.KVM_CAP_NESTED_STATE):
         if state.flags & NestedStateFlags.KVM_STATE_NESTED_GUEST_MODE:
             raise Refused("nested: the vCPU runs L2, and this kernel has no KVM_CAP_NESTED_STATE")
         target.notes.append(Note(Loss.NOT_TAKEN, "nested", "no KVM_CAP_NESTED_STATE"))
@@ -267,36 +270,78 @@ def _write_nested(target: Target, data: bytes) -> None:
     target.vcpu.set_nested_state(state)
 
 
+def _nested_flaw(data: bytes) -> str | None:
+    says = kvm_nested_state.from_bytes(data).size
+    return None if says == len(data) else f"says that it has {says} bytes, and has {len(data)}"
+
+
+def _msrs_flaw(data: bytes) -> str | None:
+    indices = [index for index, _, _ in _MSR.iter_unpack(data)]
+    return None if len(set(indices)) == len(indices) else "one MSR is there twice"
+
+
 def _struct_part(name: str, kind: type[CStruct], getter: str, setter: str) -> VcpuPart:
     return VcpuPart(
         name,
         kind,
+        Size.of(kind),
         lambda source: getattr(source.vcpu, getter)().as_bytes(),
         lambda target, data: getattr(target.vcpu, setter)(kind.from_bytes(data)),
     )
 
 
+_MOST_CPUID: Final = 256
+"""KVM_MAX_CPUID_ENTRIES."""
+
+_MOST_MSRS: Final = 1024
+_MOST_XSAVE: Final = 1 << 16
+
+_CPUID_SIZE: Final = Size.array(kvm_cpuid_entry2, _MOST_CPUID)
+_SREGS_SIZE: Final = Size.of(kvm_sregs, ctypes.sizeof(kvm_sregs2) - ctypes.sizeof(kvm_sregs))
+_XSAVE_SIZE: Final = Size(ctypes.sizeof(kvm_xsave), _MOST_XSAVE, 4)
+_MSRS_SIZE: Final = Size.array(kvm_msr_entry, _MOST_MSRS)
+_NESTED_SIZE: Final = Size(
+    ctypes.sizeof(kvm_nested_state),
+    ctypes.sizeof(kvm_nested_state) + 2 * KVM_STATE_NESTED_VMX_VMCS_SIZE,
+    KVM_STATE_NESTED_SVM_VMCB_SIZE,
+)
+
 VCPU_PARTS: Final = {
     part.name: part
     for part in (
-        VcpuPart("cpuid", kvm_cpuid_entry2, _read_cpuid, _write_cpuid),
-        VcpuPart("tsc_khz", CStruct, _read_tsc_khz, _write_tsc_khz),
+        VcpuPart("cpuid", kvm_cpuid_entry2, _CPUID_SIZE, _read_cpuid, _write_cpuid),
+        VcpuPart("tsc_khz", CStruct, Size(4, 4), _read_tsc_khz, _write_tsc_khz, need=Need.IF_GIVEN),
         _struct_part("regs", kvm_regs, "get_regs", "set_regs"),
-        VcpuPart("sregs", kvm_sregs2, _read_sregs, _write_sregs),
-        VcpuPart("xsave", kvm_xsave, _read_xsave, _write_xsave),
-        VcpuPart("xcrs", kvm_xcrs, _read_xcrs, _write_xcrs),
+        VcpuPart("sregs", kvm_sregs2, _SREGS_SIZE, _read_sregs, _write_sregs),
+        VcpuPart("xsave", kvm_xsave, _XSAVE_SIZE, _read_xsave, _write_xsave),
+        VcpuPart("xcrs", kvm_xcrs, Size.of(kvm_xcrs), _read_xcrs, _write_xcrs, need=Need.IF_GIVEN),
         _struct_part("debugregs", kvm_debugregs, "get_debugregs", "set_debugregs"),
-        VcpuPart("msrs", kvm_msr_entry, _read_msrs, _write_msrs),
-        VcpuPart("lapic", kvm_lapic_state, _read_lapic, _write_lapic),
-        VcpuPart("events", kvm_vcpu_events, _read_events, _write_events),
-        VcpuPart("mp_state", kvm_mp_state, _read_mp_state, _write_mp_state),
-        VcpuPart("nested", kvm_nested_state, _read_nested, _write_nested),
+        VcpuPart("msrs", kvm_msr_entry, _MSRS_SIZE, _read_msrs, _write_msrs, flaw=_msrs_flaw),
+        VcpuPart(
+            "lapic",
+            kvm_lapic_state,
+            Size.of(kvm_lapic_state),
+            _read_lapic,
+            _write_lapic,
+            need=Need.IRQCHIP,
+        ),
+        VcpuPart("events", kvm_vcpu_events, Size.of(kvm_vcpu_events), _read_events, _write_events),
+        VcpuPart("mp_state", kvm_mp_state, Size.of(kvm_mp_state), _read_mp_state, _write_mp_state),
+        VcpuPart(
+            "nested",
+            kvm_nested_state,
+            _NESTED_SIZE,
+            _read_nested,
+            _write_nested,
+            need=Need.IF_GIVEN,
+            flaw=_nested_flaw,
+        ),
     )
 }
 """All parts by name."""
 
 
 def entries_of(kind: type[S], data: bytes) -> list[S]:
-    """Return the structs that lie one after the other in some bytes; a rest is left out."""
+    """Return the structs that lie one after the other in some bytes."""
     size = ctypes.sizeof(kind)
-    return [kind.from_bytes(data[at : at + size]) for at in range(0, len(data) - size + 1, size)]
+    return [kind.from_bytes(data[at : at + size]) for at in range(0, len(data), size)]

@@ -37,6 +37,9 @@ VMRUN without a proxy behind it: `l2.vmcb["asid"] = 0; l2.enter().exit_code` (al
 `l2.vmcb["rip"] = l1.instance.put_code(...)`); the bare instruction is `l1.do(vmrun(pa))`.
 `l2.reset()` writes the VMCB as launched again. An exception of VMRUN in L1 is a GuestFault.
 
+A level in the middle of a program takes no other one (ProxyError): resume it, or abandon what it
+was at with `l2.reset()` or `l2.enter()`.
+
 Writing `l2.vmcb` while L2 is current changes memory only, as on silicon: use
 `l2.configure({"intercept.rdtsc": 1})`, which goes back to L1 first, or pass it to `launch`.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from harness.machine.console import PortOut
@@ -10,8 +10,10 @@ from harness.machine.errors import MachineError
 from harness.machine.hang import VcpuTimeout
 from harness.machine.vcpu import Event, MachineVcpu
 from harness.proxy.failure import ProxyFailure, crashed, describe, stopped
+from harness.proxy.guest_level import GuestLevel
 from harness.proxy.layout import INSTANCE_SIZE, PROXY_PORT, Report
 from harness.proxy.level import Level
+from harness.proxy.ops import EnterFlag
 from harness.proxy.smm import SMI_COMMAND_PORT, SmmLevel
 from harness.proxy.vmexit import VmExit
 
@@ -27,6 +29,8 @@ class Cpu:
         self.runner = runner
         self.current: Level | None = None
         """The level that spoke last; it stands at its report and has nothing to do."""
+        self.before_run: Callable[[Cpu], None] | None = None
+        """Called before every run of the vCPU, when it stands between two; to move the machine."""
         self.port_writes: list[PortOut] = []
         """Writes to ports that nobody owns, in order."""
         self._levels: dict[int, Level] = {}
@@ -53,6 +57,12 @@ class Cpu:
     def register(self, level: Level) -> None:
         """Take a new level's reports."""
         self._levels[level.instance.gpa] = level
+
+    def make_guest(
+        self, host: Level, *, npt: bool, name: str | None, enter_flags: EnterFlag
+    ) -> GuestLevel:
+        """Make a level in a VMCB of a host; `Level.launch` is the way to ask for one."""
+        return GuestLevel(host, npt=npt, name=name, enter_flags=enter_flags)
 
     def levels(self) -> Iterator[Level]:
         """Yield all levels, outermost first."""
@@ -109,6 +119,8 @@ class Cpu:
 
     def _run(self, timeout_s: float) -> Event:
         self.machine.drop_stale_shadows()
+        if self.before_run is not None:
+            self.before_run(self)
         try:
             return self.runner.run(timeout_s)
         except VcpuTimeout as e:

@@ -20,6 +20,10 @@ class ProxyError(MachineError):
     """A level was asked for what it cannot do where it stands."""
 
 
+class LevelBusy(ProxyError):
+    """A level is in the middle of a program that nothing brings to an end any more."""
+
+
 class ProxyFailure(ScenarioFailure):
     """A level crashed, ran off, or was not the one that was to report."""
 

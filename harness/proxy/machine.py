@@ -15,17 +15,16 @@ from harness.machine.memory import SMRAM_AS_ID
 from harness.machine.memory_map import MemoryRange
 from harness.machine.threads import VcpuThread
 from harness.proxy.cpu import Cpu
-from harness.proxy.instance import GDT_LIMIT, IDT_LIMIT, TSS_LIMIT, Context
-from harness.proxy.layout import GDT_CS64, GDT_DS, GDT_TSS, INSTANCE_SIZE
+from harness.proxy.l1_entry import enter_l1
+from harness.proxy.layout import INSTANCE_SIZE
 from harness.proxy.level import Level
 from harness.proxy.paging import LARGE_PAGE, PAGE, PageAllocator, PageTables
 from harness.proxy.smm import SmmLevel
 from harness.svm.cpuid import ExtendedFeaturesEdx, Leaf
 from harness.svm.msrs import Efer
 from harness.svm.smram import DEFAULT_SMBASE
-from kvm_ioctl.asm_kvm import kvm_regs, kvm_segment, kvm_sregs
 from kvm_ioctl.handles import Kvm
-from kvm_ioctl.linux_kvm import MpState, kvm_mp_state, kvm_msi
+from kvm_ioctl.linux_kvm import kvm_msi
 
 T = TypeVar("T")
 
@@ -39,12 +38,12 @@ SMRAM_SIZE: Final = INSTANCE_SIZE
 MAX_SMM_VCPUS: Final = 13
 """SMRAM of so many fits below the image."""
 
+MAX_MEMORY_MIB: Final = 1024
+
 _SPARE_SLOT_GPA: Final = Gpa(1 << 32)
 """Where a slot can come and go without the guest's noticing."""
 
 DEFAULT_TIMEOUT_S: Final = 30.0
-
-_BUSY_TSS64 = 11
 
 
 class ProxyMachine(Machine):
@@ -61,6 +60,7 @@ class ProxyMachine(Machine):
         smm: bool = False,
         image: Image | bytes | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
+        dirty_ring_bytes: int = 0,
     ) -> None:
         """Build the machine; no vCPU has run yet.
 
@@ -73,14 +73,18 @@ class ProxyMachine(Machine):
             smm: have SMRAM with a proxy in it, see `smm`.
             image: the proxy's image; by default the one that was carried along.
             timeout_s: how long a program may run, unless its call says otherwise.
+            dirty_ring_bytes: of a dirty ring per vCPU; by default there are none.
 
         Raises MachineError: a size that makes no machine.
         Raises KvmError: KVM refused something.
 
         """
+        if smm and vcpus > MAX_SMM_VCPUS:
+            raise MachineError(f"SMRAM is for {MAX_SMM_VCPUS} vCPUs at most, not {vcpus}")
+        if memory_mib > MAX_MEMORY_MIB:
+            raise MachineError(f"proxies map {MAX_MEMORY_MIB} MiB at most, not {memory_mib}")
         self.timeout_s = timeout_s
         self.smm_wired = smm
-        self.irqchip = irqchip
         self._vcpu_count = vcpus
         self._shadows_stale = False
         self.pages = PageAllocator(FREE_GPA, Gpa(memory_mib << 20))
@@ -92,12 +96,13 @@ class ProxyMachine(Machine):
             cpuid=cpuid,
             irqchip=irqchip,
             smm=smm,
+            dirty_ring_bytes=dirty_ring_bytes,
         )
         try:
             self.efer = self._base_efer()
             self.cpus = [Cpu(self, runner) for runner in self.vcpus]
             for cpu in self.cpus:
-                self._enter_l1(cpu)
+                enter_l1(cpu.runner.vcpu, cpu.l1.context, irqchip=irqchip)
         except BaseException:
             self.close()
             raise
@@ -163,7 +168,7 @@ class ProxyMachine(Machine):
         """
         if self._shadows_stale:
             self._shadows_stale = False
-            self.memory.remove(self.memory.add(_SPARE_SLOT_GPA, PAGE))
+            self.memory.blink(_SPARE_SLOT_GPA, PAGE)
 
     @property
     def memory_bytes(self) -> int:
@@ -224,34 +229,3 @@ class ProxyMachine(Machine):
         leaf = find_leaf(self.kvm.supported_cpuid(), Leaf.EXTENDED_FEATURES)
         has_nx = leaf is not None and ExtendedFeaturesEdx(leaf.edx).NX
         return Efer.of(LME=1, LMA=1, NX=int(bool(has_nx)))
-
-    def _enter_l1(self, cpu: Cpu) -> None:
-        vcpu = cpu.runner.vcpu
-        context = cpu.l1.context
-        vcpu.set_sregs(_sregs(vcpu.get_sregs(), context))
-        vcpu.set_regs(kvm_regs(rip=context.rip, rsp=context.rsp, rdi=context.rdi, rflags=2))
-        if self.irqchip:
-            # With a local APIC in the kernel all but vCPU 0 wait for a SIPI.
-            vcpu.set_mp_state(kvm_mp_state(mp_state=MpState.KVM_MP_STATE_RUNNABLE))
-
-
-def _sregs(sregs: kvm_sregs, context: Context) -> kvm_sregs:
-    sregs = sregs.copy()
-    sregs.cs = _segment(GDT_CS64, kind=11, l=1)
-    for name in ("ds", "es", "fs", "gs", "ss"):
-        setattr(sregs, name, _segment(GDT_DS, kind=3, db=1))
-    sregs.tr = kvm_segment(
-        base=context.tss_base, limit=TSS_LIMIT, selector=GDT_TSS, type=_BUSY_TSS64, present=1
-    )
-    sregs.ldt = kvm_segment(unusable=1)
-    sregs.gdt.base, sregs.gdt.limit = context.gdt_base, GDT_LIMIT
-    sregs.idt.base, sregs.idt.limit = context.idt_base, IDT_LIMIT
-    sregs.cr0, sregs.cr3, sregs.cr4 = context.cr0, context.cr3, context.cr4
-    sregs.efer = context.efer
-    return sregs
-
-
-def _segment(selector: int, *, kind: int, **flags: int) -> kvm_segment:
-    return kvm_segment(
-        limit=0xFFFF_FFFF, selector=selector, type=kind, present=1, s=1, g=1, **flags
-    )

@@ -5,7 +5,13 @@ from the guest's and its own; an exit that the guest asked for is written into t
 the guest goes on after its VMRUN (APM vol. 2, 15.5 VMRUN Instruction, 15.6 #VMEXIT). What the
 merged VMCB does not hide is left to the CPU to check: it refuses that as it would the guest's.
 
-Not emulated: holding back NMIs and SMIs while the guest's GIF is 0.
+Interrupts and NMIs are held back while the guest's GIF is 0 (`virtual_gif`). SMIs are not: VMRUN
+sets the CPU's GIF, and an SMI that the host intercepts comes at once when the host executes STGI.
+Only the handler and the save area tell; the guest cannot look into SMM.
+
+The guest could tell by these: physical interrupts of a guest's guest with V_INTR_MASKING wait for
+the host's RFLAGS.IF, not for the guest's; V_GIF_ENABLE and LBR virtualization are ignored; an NMI
+that is held while VMRUN itself injects an event comes with the guest's next STGI or VMRUN.
 """
 
 from __future__ import annotations
@@ -20,9 +26,11 @@ from harness.proxy.paging import PAGE
 from harness.proxy.permissions import Iopm, Msrpm, msrpm_bit
 from harness.proxy.program import GP, UD
 from harness.proxy.shadow_npt import Outcome, ShadowNpt
+from harness.proxy.virtual_gif import VirtualGif
 from harness.proxy.vmcb_view import VmcbView
 from harness.proxy.vmexit import VmExit
 from harness.svm.exit_codes import VMEXIT_INVALID, ExitCode
+from harness.svm.exit_info import IoioInfo
 from harness.svm.intercepts import Intercept
 from harness.svm.msrs import Efer, Msr
 from harness.svm.vmcb import (
@@ -36,7 +44,7 @@ from harness.svm.vmcb import (
 )
 
 if TYPE_CHECKING:
-    from harness.proxy.level import GuestLevel
+    from harness.proxy.guest_level import GuestLevel
 
 VMRUN_STATE: Final = (
     *("es", "cs", "ss", "ds", "gdtr", "idtr", "cpl", "efer", "cr0", "cr2", "cr3", "cr4"),
@@ -91,7 +99,7 @@ class Nesting:
         self.host = guest.host
         self.svme = False
         """EFER.SVME as the guest sees it."""
-        self.gif = True
+        self.gif = VirtualGif(guest)
         self.msrs: dict[int, int] = dict.fromkeys(VIRTUAL_MSRS, 0)
         self.inner_pa: int | None = None
         """The VMCB, by the guest's physical address, that it is inside VMRUN for."""
@@ -101,21 +109,23 @@ class Nesting:
         self._msrpm = Msrpm(machine.memory, machine.pages.take(MSRPM_SIZE))
         self._iopm = Iopm(machine.memory, machine.pages.take(IOPM_SIZE))
         self._shadow = ShadowNpt(machine.memory, machine.pages, machine.tables_changed)
-        self._intr_masking = 0
-        self._instructions: dict[int, Callable[[], None]] = {
-            ExitCode.SVM_EXIT_VMRUN: self._vmrun,
-            ExitCode.SVM_EXIT_VMLOAD: lambda: self._move_state(load=True),
-            ExitCode.SVM_EXIT_VMSAVE: lambda: self._move_state(load=False),
-            ExitCode.SVM_EXIT_STGI: lambda: self._set_gif(True),
-            ExitCode.SVM_EXIT_CLGI: lambda: self._set_gif(False),
-            ExitCode.SVM_EXIT_INVLPGA: self._skip,  # every entry flushes
-            ExitCode.SVM_EXIT_SKINIT: lambda: self._inject(UD),
-        }
         self._asked_for_msrs = bool(guest.vmcb["intercept.msr_prot"])
+        self._intercept()
+
+    def _intercept(self) -> None:
         for bit in EMULATED:
-            guest.vmcb[f"intercept.{bit.name}"] = 1
+            self.guest.vmcb[f"intercept.{bit.name}"] = 1
         for index in (*VIRTUAL_MSRS, Msr.MSR_EFER):
-            guest.msrpm.intercept(index)
+            self.guest.msrpm.intercept(index)
+
+    def reset(self) -> None:
+        """Go on with a guest that starts afresh, from a VMCB that was written anew.
+
+        What it wrote to MSRs stays.
+        """
+        self.inner_pa = None
+        self.gif.reset()
+        self._intercept()
 
     @property
     def merged_vmcb(self) -> Gpa | None:
@@ -131,7 +141,11 @@ class Nesting:
     def _handle_own(self, exit_: VmExit) -> bool:
         if exit_.exit_code == ExitCode.SVM_EXIT_MSR:
             return self._emulate_msr(exit_, with_efer=True)
-        instruction = self._instructions.get(exit_.exit_code)
+        if exit_.exit_code == ExitCode.SVM_EXIT_NMI and self.gif.holds_nmis:
+            self.gif.hold_nmi()
+            _inject_again(exit_.vmcb)
+            return True
+        instruction = self._instruction(exit_.exit_code)
         if instruction is None:
             return False
         if not self.svme:
@@ -161,8 +175,22 @@ class Nesting:
             return msrpm.intercepts(exit_.gprs.rcx & 0xFFFF_FFFF, bool(exit_.exit_info_1))
         if code == ExitCode.SVM_EXIT_IOIO:
             iopm = Iopm(self._memory, self._machine(inner["iopm_base_pa"] & -PAGE))
-            return iopm.intercepts(exit_.exit_info_1 >> 16, exit_.exit_info_1 >> 4 & 7)
+            info = IoioInfo(exit_.exit_info_1)
+            return iopm.intercepts(info.PORT, info.size_bytes)
         return True
+
+    def _instruction(self, exit_code: int) -> Callable[[], None] | None:
+        """Return what answers an SVM instruction of the guest; None: the exit is no such."""
+        answers: dict[int, Callable[[], None]] = {
+            ExitCode.SVM_EXIT_VMRUN: self._vmrun,
+            ExitCode.SVM_EXIT_VMLOAD: lambda: self._move_state(load=True),
+            ExitCode.SVM_EXIT_VMSAVE: lambda: self._move_state(load=False),
+            ExitCode.SVM_EXIT_STGI: self._stgi,
+            ExitCode.SVM_EXIT_CLGI: self._clgi,
+            ExitCode.SVM_EXIT_INVLPGA: self._skip,  # every entry flushes
+            ExitCode.SVM_EXIT_SKINIT: lambda: self._inject(UD),
+        }
+        return answers.get(exit_code)
 
     # VMRUN and #VMEXIT
 
@@ -176,11 +204,18 @@ class Nesting:
         inner = view.read()
         if not self._is_consistent(inner):
             view.update({"exit_code": VMEXIT_INVALID, "exit_info_1": 0, "exit_info_2": 0})
-            self._set_gif_state(False)
+            self.gif.clear()
             return
         self.inner_pa = address
+        self.gif.set()
         self._merge(inner)
-        self._set_gif_state(True)
+        if not self.gif.nmi_held or inner.control.event_inj & EventInj.VALID.mask:
+            return
+        if inner.control.has_intercept(Intercept.INTERCEPT_NMI):
+            self._merged.update({"exit_code": ExitCode.SVM_EXIT_NMI, "exit_int_info": 0})
+            self._reflect(0, 0)
+        else:
+            self.gif.inject_held_nmi(self._merged)
 
     def _is_consistent(self, inner: vmcb) -> bool:
         """Check what the merged VMCB would hide (APM vol. 2, 15.5.1 Basic Operation)."""
@@ -208,8 +243,7 @@ class Nesting:
         control.asid = outer.asid + ASID_OFFSET
         control.tlb_ctl = _TLB_FLUSH_ALL
         control.int_ctl = inner.control.int_ctl & _GUEST_INT_CTL
-        if self._intr_masking:
-            control.int_ctl |= IntCtl.V_INTR_MASKING.mask
+        control.int_ctl |= outer.int_ctl & IntCtl.V_INTR_MASKING.mask
         control.clean = 0
         control.virt_ext = 0
         control.nested_ctl, control.nested_cr3 = self._nested_paging(inner, own)
@@ -262,8 +296,7 @@ class Nesting:
         if outcome is Outcome.GUEST:
             self._reflect(info, exit_.exit_info_2)
         elif outcome is Outcome.FILLED:
-            self._merged["event_inj"] = self._merged["control.exit_int_info"]
-            self._merged["event_inj_err"] = self._merged["exit_int_info_err"]
+            _inject_again(self._merged)
         return outcome is not Outcome.HOST
 
     def _reflect(self, exit_info_1: int, exit_info_2: int) -> None:
@@ -290,7 +323,10 @@ class Nesting:
         own.control.event_inj = 0
         self.guest.vmcb.write(own)
         self.inner_pa = None
-        self._set_gif_state(False)
+        if control.exit_code == ExitCode.SVM_EXIT_NMI:
+            # The host has taken it by now; the guest is to find it when it executes STGI.
+            self.gif.hold_nmi()
+        self.gif.clear()
 
     # The other instructions
 
@@ -308,20 +344,14 @@ class Nesting:
             view.write(other)
         self._skip()
 
-    def _set_gif(self, gif: bool) -> None:
-        self._set_gif_state(gif)
+    def _stgi(self) -> None:
         self._skip()
+        self.gif.set()
+        self.gif.inject_held_nmi(self.guest.vmcb)
 
-    def _set_gif_state(self, gif: bool) -> None:
-        if gif == self.gif:
-            return
-        self.gif = gif
-        if gif:
-            self.guest.vmcb["int_ctl.V_INTR_MASKING"] = self._intr_masking
-        else:
-            # With this, the host's RFLAGS.IF, which is 0, holds interrupts back.
-            self._intr_masking = self.guest.vmcb["int_ctl.V_INTR_MASKING"]
-            self.guest.vmcb["int_ctl.V_INTR_MASKING"] = 1
+    def _clgi(self) -> None:
+        self._skip()
+        self.gif.clear()
 
     def _emulate_msr(self, exit_: VmExit, *, with_efer: bool) -> bool:
         index = exit_.gprs.rcx & 0xFFFF_FFFF
@@ -401,6 +431,12 @@ class Nesting:
         event = EventInj.of(VALID=1, TYPE=3, VEC=vector, VALID_ERR=int(error))
         target = self.guest.vmcb if view is None else view
         target.update({"event_inj": event, "event_inj_err": 0})
+
+
+def _inject_again(view: VmcbView) -> None:
+    """Inject what an exit found in the midst of delivery (APM vol. 2, 15.7.2 EXITINTINFO)."""
+    view["event_inj"] = view["control.exit_int_info"]
+    view["event_inj_err"] = view["exit_int_info_err"]
 
 
 def _copy_fields(source: vmcb_save_area, target: vmcb_save_area, names: tuple[str, ...]) -> None:

@@ -259,6 +259,7 @@ INSTRUCTIONS: Final = (
     _line("INVPCID", "invpcid (%rbx), %rax", "660f388203", "rbx rax"),
     _line("INVD", "invd", "0f08"),
     _line("WBINVD", "wbinvd", "0f09"),
+    _line("WBNOINVD", "wbnoinvd", "f30f09"),
     # SVM and SMM
     _line("VMRUN", "vmrun %rax", "0f01d8", "rax"),
     _line("VMMCALL", "vmmcall", "0f01d9", "rax rbx rcx rdx rsi rdi", "rax"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from harness.errors import ScenarioFailure
 from harness.machine.errors import MachineError
@@ -22,6 +22,8 @@ from harness.proxy.ops import (
     WaitFlag,
     instruction,
 )
+
+T = TypeVar("T")
 
 Program = Op | Iterable["Op | Iterable[Op]"]
 """One operation, or operations and blocks (`loop`) of them."""
@@ -139,15 +141,24 @@ class Result:
 def flatten(program: Program) -> list[Op]:
     """Return a program's operations in order, those inside blocks included.
 
-    Raises ProgramError: loops that do not fit, or are too deep.
+    Raises ProgramError: loops that do not fit, or are too deep; what is no operation.
     """
     if isinstance(program, Op):
         return [program]
     ops: list[Op] = []
-    for item in program:
-        ops.extend([item] if isinstance(item, Op) else item)
+    for item in _items(program):
+        ops.extend([item] if isinstance(item, Op) else _items(item))
+    for op in ops:
+        if not isinstance(op, Op):
+            raise ProgramError(f"{op!r} is no operation")
     _check_loops(ops, 0, len(ops), 0)
     return ops
+
+
+def _items(block: Iterable[T]) -> Iterable[T]:
+    if not isinstance(block, Iterable):
+        raise ProgramError(f"{block!r} is no operation")
+    return block
 
 
 def _check_loops(ops: Sequence[Op], at: int, end: int, depth: int) -> None:

@@ -8,29 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum, IntFlag
+from enum import Enum
 from typing import Final
 
 from harness.machine.addresses import Gpa
 from harness.machine.errors import GuestMemoryError
 from harness.machine.memory import GuestMemory
 from harness.proxy.paging import LARGE_PAGE, PAGE, PageAllocator, PageTables, Pte
+from harness.svm.exit_info import NpfInfo
 
 _ADDRESS: Final = 0x000F_FFFF_FFFF_F000
 _LEVELS: Final = (39, 30, 21, 12)
 
 Translate = Callable[[int], int | None]
 """From the address of one level to that of the next one out; None: nowhere."""
-
-
-class NpfInfo(IntFlag):
-    """exit_info_1 of a nested page fault (APM vol. 2, 15.25.6)."""
-
-    P = 1 << 0
-    RW = 1 << 1
-    US = 1 << 2
-    RSV = 1 << 3
-    ID = 1 << 4
 
 
 class Outcome(Enum):
@@ -130,9 +121,8 @@ class ShadowNpt:
 
         """
         found, present = self._walk(address, machine)
-        access = info & ~int(NpfInfo.P | NpfInfo.RSV)
-        if found is None or not _allows(found.flags, info):
-            return Outcome.GUEST, access | int(NpfInfo.P if present else 0)
+        if found is None or not _allows(found.flags, NpfInfo(info)):
+            return Outcome.GUEST, NpfInfo(info).replace(P=int(present), RSV=0)
         target = host(found.address)
         if target is None:
             return Outcome.HOST, info
@@ -176,10 +166,10 @@ class ShadowNpt:
         return None, False
 
 
-def _allows(flags: int, info: int) -> bool:
+def _allows(flags: int, info: NpfInfo) -> bool:
     """Tell whether the guest's entries allow an access; nested walks are user accesses."""
     if not flags & Pte.U:
         return False
-    if info & NpfInfo.RW and not flags & Pte.W:
+    if info.RW and not flags & Pte.W:
         return False
-    return not (info & NpfInfo.ID and flags & Pte.NX)
+    return not (info.ID and flags & Pte.NX)

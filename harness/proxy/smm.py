@@ -46,7 +46,7 @@ class SmmLevel(Level):
         )
         self.interrupted: Level | None = None
         """The level that was current when the SMI came."""
-        self.handler: Callable[[SmmLevel], None] = lambda _: None
+        self.handler: Callable[[SmmLevel], None] | None = None
         """What is done for an SMI that comes while a program runs; RSM follows."""
         self._write_entry()
         if self.smbase != DEFAULT_SMBASE:
@@ -98,14 +98,19 @@ class SmmLevel(Level):
 
     def answer(self) -> None:
         """Let `handler` deal with an SMI that came by itself, then put an RSM in the mailbox."""
-        self.handler(self)
+        if self.handler is not None:
+            self.handler(self)
         if self.active:
             self.instance.send([simple("RSM")])
 
     def make_current(self, timeout_s: float | None = None) -> None:
-        """Check that the vCPU is in SMM: only an SMI brings it there."""
+        """Check that the vCPU is in SMM: only an SMI brings it there.
+
+        Raises ProxyError: it is not, or the handler is in the middle of a program.
+        """
         if not self.active:
             raise ProxyError(f"the vCPU is not in SMM: inject_smi() first\n{describe(self.cpu)}")
+        self._expect_idle()
 
     @property
     def _state_gpa(self) -> Gpa:

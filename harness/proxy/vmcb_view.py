@@ -14,31 +14,15 @@ from typing import Any, Final
 from harness.machine.addresses import Gpa
 from harness.machine.errors import MachineError
 from harness.machine.memory import GuestMemory
-from harness.svm.bits import Bits
 from harness.svm.exit_codes import describe
 from harness.svm.intercepts import Intercept
 from harness.svm.vmcb import (
     VMCB_SIZE,
-    Clean,
-    EventInj,
-    IntCtl,
-    IntState,
-    NestedCtl,
-    VirtExt,
     vmcb,
     vmcb_control_area,
     vmcb_save_area,
 )
-
-_REGISTERS: Final[Mapping[str, type[Bits]]] = {
-    "int_ctl": IntCtl,
-    "int_state": IntState,
-    "nested_ctl": NestedCtl,
-    "virt_ext": VirtExt,
-    "event_inj": EventInj,
-    "exit_int_info": EventInj,
-    "clean": Clean,
-}
+from harness.svm.vmcb_text import EXCEPTIONS, FIELD_BITS
 
 _SHOWN: Final = (
     *("exit_code", "exit_info_1", "exit_info_2", "exit_int_info", "rip", "rsp", "rax", "rflags"),
@@ -66,8 +50,9 @@ def intercept_named(name: str) -> Intercept | int:
 
     Raises VmcbFieldError: there is none.
     """
-    if name.startswith("excp."):
-        return Intercept.INTERCEPT_EXCEPTION_OFFSET + int(name.removeprefix("excp."))
+    vector = name.removeprefix("excp.")
+    if vector != name and vector.isdecimal() and int(vector) < EXCEPTIONS:
+        return Intercept.INTERCEPT_EXCEPTION_OFFSET + int(vector)
     wanted = name.upper().removeprefix("INTERCEPT_")
     for bit in Intercept:
         if bit.name.removeprefix("INTERCEPT_").upper() == wanted:
@@ -87,7 +72,7 @@ def _find(name: str) -> _Place:
     kind: Any = vmcb
     offset = 0
     for position, part in enumerate(parts):
-        register = _REGISTERS.get(parts[position - 1]) if position else None
+        register = FIELD_BITS.get(parts[position - 1]) if position else None
         if not issubclass(kind, ctypes.Structure):
             if register is None or part not in register.fields():
                 raise VmcbFieldError(f"the VMCB has no field {name}")
@@ -138,6 +123,8 @@ class VmcbView:
         Raises VmcbFieldError: no such field, or a value that does not fit it.
         """
         place = place_of(name)
+        if not isinstance(value, int):
+            raise VmcbFieldError(f"{name}: {value!r} is no number")
         at = Gpa(self.gpa + place.offset)
         if place.mask == (1 << 64) - 1:
             new = int(value) & place.mask

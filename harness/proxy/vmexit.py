@@ -13,7 +13,8 @@ from harness.svm.exit_codes import ExitCode, describe
 from harness.svm.vmcb import EventInj
 
 if TYPE_CHECKING:
-    from harness.proxy.level import GuestLevel, Level
+    from harness.proxy.guest_level import GuestLevel
+    from harness.proxy.level import Level
 
 INSTRUCTION_LENGTHS: Final = {
     ExitCode.SVM_EXIT_RDTSC: 2,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +15,14 @@ from harness.errors import HostError
 
 
 class ResultsFile:
-    """An append-only file of events; each line is whole and flushed before the next is begun."""
+    """An append-only file of events; each line is whole and flushed before the next is begun.
+
+    Any thread may write.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _keep_earlier(path)
@@ -46,8 +51,9 @@ class ResultsFile:
         """
         line = json.dumps({"event": event, "time": round(time.time(), 3), **data}, default=repr)
         try:
-            self._file.write(line + "\n")
-            self._file.flush()
+            with self._lock:
+                self._file.write(line + "\n")
+                self._file.flush()
         except OSError as e:
             raise HostError(f"cannot write results to {self.path}: {e.strerror}") from e
 

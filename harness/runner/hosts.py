@@ -66,7 +66,10 @@ def make_host(
 
 
 class HostPool:
-    """Sessions by module parameters; a context manager that ends all hosts it started."""
+    """Sessions by module parameters; a context manager that ends all hosts it started.
+
+    Used by one thread, but for `cancel`.
+    """
 
     def __init__(
         self,
@@ -122,6 +125,11 @@ class HostPool:
     def drop(self, params: Mapping[str, str]) -> None:
         """Forget a session whose host was lost; the next case gets a new one."""
         self._sessions.pop(self.host(params), None)
+
+    def cancel(self) -> None:
+        """From another thread: make whoever waits for a session's call get Cancelled."""
+        for session in list(self._sessions.values()):
+            session.cancel()
 
     def describe(self) -> list[dict[str, Any]]:
         """Return the descriptions of all hosts that were used."""

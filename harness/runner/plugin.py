@@ -1,29 +1,23 @@
-"""The pytest plugin: collects scenarios as items of its own and runs each on the chosen host.
+"""The pytest plugin: collects scenarios as items of its own, and shows and judges their outcomes.
 
-Works in a plain ``pytest harness/scenarios`` too: nothing of a scenario runs in pytest's process.
+Nothing of a scenario runs in pytest's process, and nothing is run by pytest's loop: it takes up,
+in the order of collection, what the run's workers have done on their hosts.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from harness.errors import HarnessError, HostError, HostLost, NsvmError
-from harness.report.results import ResultsFile
+from harness.host.session import Cancelled
 from harness.report.verdict import Outcome, Verdict
-from harness.runner.hosts import HostPool
-from harness.runner.judge import judge, judge_lost
-from harness.runner.known_issues import KnownIssue, find
+from harness.runner.lab import Ran
 from harness.runner.modules import ScenarioModule
+from harness.runner.run import Run
 from harness.scenarios.case import Case, cases_of, scenario_of
-
-#: How much slower everything is under TCG, for timeouts.
-EMULATED_FACTOR = 3.0
 
 _LETTERS = {"PASS": ".", "FAIL": "F", "KNOWN": "x", "SKIP": "s", "ERROR": "E", "MISS": "M"}
 _CATEGORIES = {"PASS": "passed", "FAIL": "failed", "KNOWN": "xfailed", "SKIP": "skipped",
@@ -47,22 +41,28 @@ class ScenarioItem(pytest.Item):
     def __init__(self, *, case: Case, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.case = case
-        self.outcome: Outcome | None = None
+        #: Among all that are to run.
+        self.number = -1
+        self.ran: Ran | None = None
         if case.scenario.quick:
             self.add_marker("quick")
         if case.scenario.unsafe:
             self.add_marker("unsafe")
 
     def runtest(self) -> None:
-        """Run the case on the host and raise unless it passed."""
-        lab = self.config.stash[_LAB]
-        self.outcome = lab.run(self)
-        if self.outcome.verdict is Verdict.SKIP:
-            pytest.skip(self.outcome.reason)
-        if self.outcome.verdict is Verdict.FAIL and self.outcome.known and not lab.strict:
-            pytest.xfail(f"known: {self.outcome.known}: {self.outcome.reason}")
-        if self.outcome.verdict is not Verdict.PASS:
-            raise NotPassed(self.outcome)
+        """Wait for the case's outcome and raise unless it passed."""
+        run = self.config.stash[_RUN]
+        try:
+            self.ran = run.wait(self.number)
+        except Cancelled as e:
+            self.ran = Ran(Outcome(Verdict.MISS, str(e)), 0.0)
+        outcome = self.ran.outcome
+        if outcome.verdict is Verdict.SKIP:
+            pytest.skip(outcome.reason)
+        if run.lab.is_known_fail(outcome):
+            pytest.xfail(f"known: {outcome.known}: {outcome.reason}")
+        if outcome.verdict is not Verdict.PASS:
+            raise NotPassed(outcome)
 
     def reportinfo(self) -> tuple[Any, int, str]:
         """Return where pytest says the case stands."""
@@ -79,137 +79,57 @@ class ScenarioItem(pytest.Item):
         return "\n".join(text)
 
 
-class Lab:
-    """The hosts and the results file of one run."""
-
-    def __init__(
-        self,
-        pool: HostPool,
-        results: ResultsFile,
-        timeout_s: float | None,
-        issues: Sequence[KnownIssue] = (),
-        *,
-        strict: bool = False,
-    ) -> None:
-        self.pool = pool
-        self.results = results
-        self.strict = strict
-        self._timeout_s = timeout_s
-        self._issues = issues
-        self.outcomes: dict[str, Outcome] = {}
-
-    def run(self, item: ScenarioItem) -> Outcome:
-        """Run one case, record it, and return its outcome."""
-        case = item.case
-        self.results.write("begin", case=case.id, claim=case.scenario.claim)
-        started = time.monotonic()
-        outcome = self._attempt(case)
-        if outcome is None:
-            self.results.write("retry", case=case.id, reason="the emulated host hung")
-            outcome = self._attempt(case, last=True)
-        if outcome is None:
-            raise HarnessError(f"{case.id}: the last attempt had no outcome")
-        outcome = self._known(case, outcome)
-        self.outcomes[item.nodeid] = outcome
-        self.results.write(
-            "end",
-            case=case.id,
-            claim=case.scenario.claim,
-            verdict=outcome.verdict.value,
-            reason=outcome.reason,
-            known=outcome.known,
-            seconds=outcome.seconds,
-            total_seconds=round(time.monotonic() - started, 3),
-            host=self.pool.host(case.scenario.params).describe() if self._has_host(case) else None,
-            evidence=outcome.evidence,
-        )
-        return outcome
-
-    def _known(self, case: Case, outcome: Outcome) -> Outcome:
-        if outcome.verdict not in (Verdict.FAIL, Verdict.PASS) or not self._has_host(case):
-            return outcome
-        host = self.pool.host(case.scenario.params).describe()
-        issue = find(self._issues, case.id, host["kernel_release"], host["kind"])
-        return replace(outcome, known=issue.id) if issue else outcome
-
-    def _has_host(self, case: Case) -> bool:
-        return self.pool.has(case.scenario.params)
-
-    def _attempt(self, case: Case, *, last: bool = False) -> Outcome | None:
-        """Return the outcome; None if the emulated host hung without a word: try again."""
-        started = time.monotonic()
-        params = case.scenario.params
-        try:
-            host, session = self.pool.session(params)
-        except (NsvmError, OSError) as e:
-            return Outcome(Verdict.ERROR, f"host: {e}", time.monotonic() - started)
-        try:
-            result = session.call(
-                "harness.inside:run_case",
-                timeout_s=self._timeout(case, host.kind),
-                on_event=lambda event: self._record(case, event),
-                name=case.scenario.function.__name__,
-                values=dict(case.values),
-                **_where(case),
-            )
-        except HostLost as lost:
-            self.pool.drop(params)
-            if lost.silent and not last:
-                return None
-            return judge_lost(lost, time.monotonic() - started)
-        outcome = judge(result, case)
-        if outcome.verdict is Verdict.FAIL:
-            # What a failed scenario leaves behind in the kernel is not the next one's to find.
-            self.pool.drop(params)
-        return outcome
-
-    def _timeout(self, case: Case, kind: str) -> float:
-        if self._timeout_s is not None:
-            return self._timeout_s
-        factor = EMULATED_FACTOR if kind == "emulated" else 1.0
-        return case.scenario.timeout_s * factor
-
-    def _record(self, case: Case, event: dict[str, Any]) -> None:
-        if event["event"] in ("emit", "kmsg", "output"):
-            data = {key: value for key, value in event.items() if key not in ("event", "id")}
-            self.results.write(event["event"], case=case.id, **data)
-
-
-def _where(case: Case) -> dict[str, str]:
-    """Return how a host finds the case's module: by name, or a user's own file as text."""
-    function = case.scenario.function
-    if function.__module__.startswith("harness.scenarios."):
-        return {"module": function.__module__}
-    file = function.__code__.co_filename
-    return {"module": file, "source": Path(file).read_text()}
-
-
-_LAB = pytest.StashKey[Lab]()
+_RUN = pytest.StashKey[Run]()
 
 
 class Plugin:
-    """Hooks; registered by `nsvm run` with a lab, and by the scenarios' conftest without."""
+    """Hooks that collect scenarios, and run and show them as a `Run` does."""
 
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        #: What is to run, known once collection is over.
-        self.items: list[pytest.Item] = []
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Remember what is to run."""
-        self.items = list(session.items)
+    def __init__(self, run: Run, only: Path | None = None) -> None:
+        """Take files for ones with scenarios: all of them, or `only` those in a directory."""
+        self.run = run
+        self._only = only
 
     def pytest_configure(self, config: pytest.Config) -> None:
-        """Make the lab reachable from the items."""
-        config.stash[_LAB] = self.lab
+        """Make the run reachable from the items."""
+        config.stash[_RUN] = self.run
         for mark in ("quick: part of `make run`", "unsafe: may take the host down"):
             config.addinivalue_line("markers", mark)
 
     def pytest_pycollect_makemodule(
         self, module_path: Path, parent: pytest.Collector
-    ) -> pytest.Module:
-        """Take every file for one with scenarios."""
+    ) -> pytest.Module | None:
+        """Take a file for one with scenarios."""
+        if self._only is not None and module_path.parent != self._only:
+            return None
         return ScenarioModule.from_parent(parent, path=module_path)
+
+    def pytest_collection_modifyitems(
+        self, config: pytest.Config, items: list[pytest.Item]
+    ) -> None:
+        """Leave out what may take a local host down, unless it was asked for."""
+        if self.run.kind != "local" or self.run.options.unsafe or config.option.keyword:
+            return
+        left_out = [item for item in items if item.get_closest_marker("unsafe")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Remember what is to run."""
+        items = [item for item in session.items if isinstance(item, ScenarioItem)]
+        for number, item in enumerate(items):
+            item.number = number
+        self.run.cases = [item.case for item in items]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Have the cases run ahead while the loop takes up one outcome after the other."""
+        if session.testsfailed or session.config.option.collectonly:
+            return (yield)
+        if self.run.complaints:
+            raise session.Interrupted("; ".join(self.run.complaints))
+        with self.run.workers():
+            return (yield)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pycollect_makeitem(
@@ -217,7 +137,7 @@ class Plugin:
     ) -> list[ScenarioItem] | None:
         """Turn a scenario into one item per case."""
         declared = scenario_of(obj)
-        if declared is None or not isinstance(collector, pytest.Module):
+        if declared is None or not isinstance(collector, ScenarioModule):
             return None
         return [
             ScenarioItem.from_parent(collector, name=case.id, case=case)
@@ -230,14 +150,35 @@ class Plugin:
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Attach the verdict; what is not KVM's fault is an error to pytest and to JUnit."""
         report = yield
-        if isinstance(item, ScenarioItem) and item.outcome and call.when == "call":
-            known_fail = item.outcome.known and item.outcome.verdict is Verdict.FAIL
-            word = "KNOWN" if known_fail and not self.lab.strict else item.outcome.verdict.value
-            setattr(report, _VERDICT, word)
+        if isinstance(item, ScenarioItem) and item.ran and call.when == "call":
+            outcome = item.ran.outcome
+            known = self.run.lab.is_known_fail(outcome)
+            setattr(report, _VERDICT, "KNOWN" if known else outcome.verdict.value)
             report.sections = []
-            if item.outcome.verdict in (Verdict.ERROR, Verdict.MISS):
+            # The time for which it was waited says nothing.
+            report.duration = item.ran.total_seconds
+            if outcome.verdict in (Verdict.ERROR, Verdict.MISS):
                 report.when = "setup"
         return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Record the end, and give JUnit, which is written next, what was not taken up."""
+        if session.config.option.collectonly:
+            return
+        self.run.finish(pytest.ExitCode(exitstatus).name.lower())
+        # The terminal shows them in the summary, one line for each.
+        terminal = session.config.pluginmanager.getplugin("terminalreporter")
+        log = session.config.pluginmanager.subset_hook_caller(
+            "pytest_runtest_logreport", [terminal]
+        )
+        for item in session.items:
+            if not isinstance(item, ScenarioItem) or item.ran is not None:
+                continue
+            # None if the run ended while cases were still collected.
+            if outcome := self.run.outcomes.get(item.number):
+                known = self.run.lab.is_known_fail(outcome)
+                log(report=_not_taken_up(item, outcome, known))
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Show KernelCI's words."""
@@ -247,23 +188,13 @@ class Plugin:
         return _CATEGORIES[verdict], _LETTERS[verdict], verdict
 
 
-def missed(lab: Lab, items: list[pytest.Item]) -> Iterator[ScenarioItem]:
-    """Yield the items that were to run and never did."""
-    for item in items:
-        if isinstance(item, ScenarioItem) and item.nodeid not in lab.outcomes:
-            yield item
-
-
-def record_missed(lab: Lab, items: list[pytest.Item], reason: str) -> int:
-    """Give every item that never ran the verdict MISS; return how many there are."""
-    count = 0
-    for item in missed(lab, items):
-        outcome = Outcome(Verdict.MISS, reason)
-        lab.outcomes[item.nodeid] = outcome
-        lab.results.write("end", case=item.case.id, claim=item.case.scenario.claim,
-                          verdict="MISS", reason=reason, seconds=0.0)  # fmt: skip
-        count += 1
-    return count
-
-
-__all__ = ["HostError", "Lab", "Plugin", "ScenarioItem", "record_missed"]
+def _not_taken_up(item: ScenarioItem, outcome: Outcome, known: bool) -> pytest.TestReport:
+    """Return a report of a case that pytest's loop did not get to."""
+    said = f"{outcome.verdict.value}: {outcome.reason}"
+    if outcome.verdict is Verdict.SKIP or known:
+        ending: tuple[Any, Any, Any] = ("skipped", (str(item.path), None, said), "call")
+    elif outcome.verdict is Verdict.PASS:
+        ending = ("passed", None, "call")
+    else:
+        ending = ("failed", said, "call" if outcome.verdict is Verdict.FAIL else "setup")
+    return pytest.TestReport(item.nodeid, item.location, {}, *ending, duration=outcome.seconds)

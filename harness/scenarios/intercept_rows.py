@@ -10,11 +10,18 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from harness.machine.addresses import Gpa
+from harness.proxy.guest_level import GuestLevel
 from harness.proxy.instance import PROXY_CR4
 from harness.proxy.layout import GDT_TSS, TABLES_OFFSET
-from harness.proxy.level import GuestLevel, Level
+from harness.proxy.level import Level
 from harness.proxy.ops import Op, instruction
 from harness.proxy.program import UD
+from harness.svm.cpuid import (
+    AddressSizesEbx,
+    ExtendedFeaturesEcx,
+    Leaf,
+    StructuredFeaturesEbx,
+)
 from harness.svm.exit_codes import ExitCode
 from harness.svm.intercepts import Intercept
 
@@ -31,6 +38,8 @@ _IRET_TO_NEXT = bytes.fromhex("4889e0 8cd1 51 50 9c 8cc9 51 488d0d03000000 51 48
 lea 1f(%rip), %rcx; push %rcx; iretq; 1:"""
 
 _IRET_FRAME_BYTES = 40
+_INVPCID_ALL = 2
+"""The type that invalidates all PCIDs; it looks at no field of the descriptor."""
 _DESCRIPTOR_TYPE_OFFSET = 5
 _AVAILABLE_TSS64 = 0x89
 
@@ -53,8 +62,8 @@ class Row:
     """The exception that it raises when it is not intercepted."""
     as_in_l1: bool = False
     """Not intercepted it does what it does in L1: some CPUs have it, others raise an exception."""
-    skinit: bool = False
-    """It exists only where CPUID Fn8000_0001_ECX[SKINIT] is set; elsewhere #UD goes first."""
+    offered: Callable[[Level], bool] = lambda _: True
+    """Whether CPUID offers it to a level; elsewhere its #UD may go before the intercept."""
     prepare: Callable[[Level], None] = lambda _: None
     """What is done once before it is executed."""
     pops: int = 0
@@ -99,7 +108,7 @@ def _row(
     fault: int | None = None,
     pops: int = 0,
     as_in_l1: bool = False,
-    skinit: bool = False,
+    offered: Callable[[Level], bool] = lambda _: True,
     prepare: Callable[[Level], None] = lambda _: None,
     vmcb: Mapping[str, int] | None = None,
     **registers: int,
@@ -118,7 +127,7 @@ def _row(
         fault=fault,
         pops=pops,
         as_in_l1=as_in_l1,
-        skinit=skinit,
+        offered=offered,
         prepare=prepare,
         vmcb=vmcb or {},
     )
@@ -128,6 +137,19 @@ def _make_tss_available(level: Level) -> None:
     """Clear the busy bit of the TSS descriptor: LTR wants it clear."""
     at = Gpa(level.instance.gpa + TABLES_OFFSET + GDT_TSS + _DESCRIPTOR_TYPE_OFFSET)
     level.cpu.machine.memory.write_int(at, 1, _AVAILABLE_TSS64)
+
+
+def _has_skinit(level: Level) -> bool:
+    ecx = level.cpuid(Leaf.EXTENDED_FEATURES)["rcx"]
+    return bool(ExtendedFeaturesEcx(ecx).SKINIT)
+
+
+def _has_rdpru(level: Level) -> bool:
+    return bool(AddressSizesEbx(level.cpuid(Leaf.ADDRESS_SIZES)["rbx"]).RDPRU)
+
+
+def _has_invpcid(level: Level) -> bool:
+    return bool(StructuredFeaturesEbx(level.cpuid(Leaf.STRUCTURED_FEATURES)["rbx"]).INVPCID)
 
 
 def _control_registers() -> Iterator[Row]:
@@ -178,9 +200,22 @@ def _instructions() -> Iterator[Row]:
     yield _row("VMSAVE", bit.INTERCEPT_VMSAVE, code.SVM_EXIT_VMSAVE, rax=SCRATCH)
     yield _row("STGI", bit.INTERCEPT_STGI, code.SVM_EXIT_STGI)
     yield _row("CLGI", bit.INTERCEPT_CLGI, code.SVM_EXIT_CLGI)
-    yield _row("SKINIT", bit.INTERCEPT_SKINIT, code.SVM_EXIT_SKINIT, fault=UD, skinit=True)
+    yield _row("SKINIT", bit.INTERCEPT_SKINIT, code.SVM_EXIT_SKINIT, fault=UD, offered=_has_skinit)
     yield _row("RDTSCP", bit.INTERCEPT_RDTSCP, code.SVM_EXIT_RDTSCP)
     yield _row("WBINVD", bit.INTERCEPT_WBINVD, code.SVM_EXIT_WBINVD)
+    yield _row("WBNOINVD", bit.INTERCEPT_WBINVD, code.SVM_EXIT_WBINVD)
+    yield _row("MONITOR", bit.INTERCEPT_MONITOR, code.SVM_EXIT_MONITOR, as_in_l1=True, rax=SCRATCH)
+    yield _row("MWAIT", bit.INTERCEPT_MWAIT, code.SVM_EXIT_MWAIT, as_in_l1=True)
+    rdpru, invpcid = bit.INTERCEPT_RDPRU, bit.INTERCEPT_INVPCID
+    yield _row("RDPRU", rdpru, code.SVM_EXIT_RDPRU, as_in_l1=True, offered=_has_rdpru)
+    yield _row(
+        "INVPCID",
+        invpcid,
+        code.SVM_EXIT_INVPCID,
+        as_in_l1=True,
+        offered=_has_invpcid,
+        rax=_INVPCID_ALL,
+    )
     yield _row("XSETBV", bit.INTERCEPT_XSETBV, code.SVM_EXIT_XSETBV, rax=1, vmcb=_OSXSAVE)
 
 

@@ -15,7 +15,8 @@ from typing import Final
 from harness.errors import ScenarioFailure
 from harness.facts import nested_svm, npt
 from harness.machine.addresses import Gpa
-from harness.proxy.level import ENTER_DEFAULT, GuestLevel, Level
+from harness.proxy.guest_level import GuestLevel
+from harness.proxy.level import ENTER_DEFAULT, Level
 from harness.proxy.ops import instruction
 from harness.proxy.paging import PAGE
 from harness.proxy.program import enter_guest, load, vmmcall

@@ -12,11 +12,12 @@ from typing import Final
 
 from harness.facts import nested_svm
 from harness.machine.addresses import Gpa
+from harness.proxy.guest_level import GuestLevel
 from harness.proxy.layout import GDT_CS32, IDT_OFFSET, STACK_TOP, TABLES_OFFSET, TRAP_STACK_TOP
-from harness.proxy.level import GuestLevel
 from harness.proxy.ops import Op, instruction
 from harness.proxy.paging import PAGE, Pte
 from harness.proxy.program import (
+    AC,
     BP,
     BR,
     DB,
@@ -30,6 +31,7 @@ from harness.proxy.program import (
     PF,
     SS,
     UD,
+    XF,
     load,
     store,
     vector_name,
@@ -65,6 +67,12 @@ _OUT_OF_BOUNDS = _TO_32_BIT + bytes.fromhex("b805000000 6203")
 """mov $5, %eax; bound %eax, (%ebx)"""
 _X87_DIVIDE = bytes.fromhex("dbe3 66c7033b03 d92b d9e8 d9ee def9 9b")
 """fninit; movw $0x33b, (%rbx); fldcw (%rbx); fld1; fldz; fdivp; fwait: 1/0 with ZM clear"""
+_SSE_DIVIDE = bytes.fromhex("c703801d0000 0fae13 0f57c0 b801000000 f30f2ac8 f30f5ec8")
+"""movl $0x1d80, (%rbx); ldmxcsr (%rbx); xorps %xmm0, %xmm0; mov $1, %eax; cvtsi2ss %eax, %xmm1;
+divss %xmm0, %xmm1: 1/0 with ZM clear"""
+_FWAIT = bytes.fromhex("9b")
+_UNALIGNED_LOAD = bytes.fromhex("9c 810c2400000400 9d 8b4301")
+"""pushf; orl $RFLAGS.AC, (%rsp); popf; movl 1(%rbx), %eax"""
 
 
 @dataclass(frozen=True)
@@ -82,10 +90,12 @@ class Raise:
     prepare: Callable[[GuestLevel], None] = lambda _: None
     exit_after: bool = False
     """#VMEXIT, too, has RIP after the instruction."""
+    user: bool = False
+    """At CPL 3."""
 
     def op(self, level: GuestLevel) -> Op:
         """Return the operation."""
-        return level.exec_op(self.code, user=False, rax=self.rax, rbx=level.scratch)
+        return level.exec_op(self.code, user=self.user, rax=self.rax, rbx=level.scratch)
 
 
 def _add_not_present_segment(level: GuestLevel) -> None:
@@ -95,6 +105,14 @@ def _add_not_present_segment(level: GuestLevel) -> None:
 
 def _set_task_switched(level: GuestLevel) -> None:
     level.vmcb["cr0"] |= Cr0.TS.mask
+
+
+def _set_monitor_coprocessor(level: GuestLevel) -> None:
+    level.vmcb["cr0"] |= Cr0.TS.mask | Cr0.MP.mask
+
+
+def _check_alignment(level: GuestLevel) -> None:
+    level.vmcb["cr0"] |= Cr0.AM.mask
 
 
 def _break_gate(level: GuestLevel) -> None:
@@ -131,6 +149,9 @@ RAISES: Final = {
     ),
     "GP": Raise(GP, instruction("MOV_DS").code, 0, error_code=BAD_SELECTOR, rax=BAD_SELECTOR),
     "MF": Raise(MF, _X87_DIVIDE, len(_X87_DIVIDE) - 1),
+    "NM_FWAIT": Raise(NM, _FWAIT, 0, prepare=_set_monitor_coprocessor),
+    "XF": Raise(XF, _SSE_DIVIDE, len(_SSE_DIVIDE) - 4),
+    "AC": Raise(AC, _UNALIGNED_LOAD, len(_UNALIGNED_LOAD) - 3, prepare=_check_alignment, user=True),
 }
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Final
 
 from harness.facts import nested_svm, smm
+from harness.proxy.guest_level import GuestLevel
 from harness.proxy.layout import Eoi
-from harness.proxy.level import ENTER_DEFAULT, GuestLevel, Level
+from harness.proxy.level import ENTER_DEFAULT, Level
 from harness.proxy.machine import ProxyMachine
 from harness.proxy.ops import EnterFlag, Op, Policy
 from harness.proxy.program import (

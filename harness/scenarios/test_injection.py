@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Final
 
 from harness.facts import nested_svm, npt
-from harness.proxy.level import GuestLevel
+from harness.proxy.guest_level import GuestLevel
 from harness.proxy.ops import Policy, instruction
 from harness.proxy.paging import PAGE
 from harness.proxy.program import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 from harness.errors import ScenarioFailure
 from harness.facts import nested_svm
 from harness.proxy.failure import GuestStopped
-from harness.proxy.level import GuestLevel
+from harness.proxy.guest_level import GuestLevel
 from harness.proxy.ops import Op, instruction
 from harness.proxy.program import UD, simple, triple_fault, vector_name, write_cr
 from harness.proxy.vmexit import VmExit
@@ -17,7 +17,6 @@ from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
 from harness.scenarios.intercept_rows import BY_NAME, address_of, set_intercept
 from harness.scenarios.l2 import expect_exit, expect_fault, expect_no_fault, proxy_machine
-from harness.svm.cpuid import ExtendedFeaturesEcx, Leaf
 from harness.svm.exit_codes import ExitCode, describe
 from harness.svm.msrs import Cr0
 from kvm_ioctl.exits import HltExit, ShutdownExit
@@ -36,9 +35,8 @@ def test_instruction_exits_if_and_only_if_intercepted(context: Context, instruct
     fault = l2.do(op).vector
     wanted = l1.do(row.op(l1)).vector if row.as_in_l1 else row.fault
     context.expect("its exception, not intercepted", fault, wanted, _show_vector)
-    features = ExtendedFeaturesEcx(l1.cpuid(Leaf.EXTENDED_FEATURES)["rcx"])
-    if row.skinit and not features.SKINIT:
-        context.note("no SKINIT in CPUID: #UD may go before the intercept")
+    if not row.offered(l1):
+        context.note(f"no {row.name} in CPUID: #UD may go before the intercept")
         return
     set_intercept(l2, row.intercept)
     exit_ = l2.run_to_exit(op)

@@ -1,7 +1,8 @@
 """L3: L1 emulates SVM for L2 (`harness.proxy.nesting`), and what L2 asks for reaches L2.
 
 What is tested is KVM below a hypervisor that nests: VMCBs merged of two, exits handed on.
-APM vol. 2, 15.5 VMRUN Instruction, 15.9 Instruction Intercepts, 15.25 Nested Paging.
+APM vol. 2, 15.5 VMRUN Instruction, 15.9 Instruction Intercepts, 15.17 Global Interrupt Flag, STGI
+and CLGI Instructions, 15.25 Nested Paging.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from typing import Final
 
 from harness.facts import nested_svm
 from harness.machine.addresses import Gpa
-from harness.proxy.level import GuestLevel
+from harness.proxy.apic import Apic
+from harness.proxy.failure import ProxyError
+from harness.proxy.guest_level import GuestLevel
+from harness.proxy.layout import Eoi
+from harness.proxy.level import ENTER_DEFAULT, Level
 from harness.proxy.machine import ProxyMachine
-from harness.proxy.ops import instruction
+from harness.proxy.ops import EnterFlag, instruction
 from harness.proxy.paging import PAGE
 from harness.proxy.program import (
     GP,
+    NMI,
     PF,
     UD,
     cpuid,
@@ -23,6 +29,7 @@ from harness.proxy.program import (
     inb,
     load,
     loop,
+    nop,
     rdmsr,
     rdtsc,
     simple,
@@ -194,3 +201,127 @@ def test_shutdown_of_l3_exits_to_l2(context: Context) -> None:
     l3.vmcb["intercept.shutdown"] = 1
     _expect_host(context, l3.run_to_exit(triple_fault()), l2, ExitCode.SVM_EXIT_SHUTDOWN)
     context.expect("L2 and L1", (l2.ping(), machine.l1.ping()), (True, True))
+
+
+# L2's GIF
+
+
+VECTOR: Final = 0x61
+NO_STGI: Final = ENTER_DEFAULT & ~EnterFlag.STGI
+
+
+def _expect_taken(context: Context, when: str, level: Level, vector: int, count: int) -> None:
+    context.expect(f"taken by {level.name} {when}", level.counted(vector), count)
+
+
+@scenario(needs=[nested_svm], axes={"count": (1, 2)}, levels=3)
+def test_gif_of_l2_holds_nmis(context: Context, count: int) -> None:
+    """An NMI that comes after L2's CLGI is taken by L2 after its STGI, and not twice."""
+    machine, l2, _ = _levels(context)
+    l2.run(simple("CLGI"))
+    for _ in range(count):
+        machine.vcpus[0].vcpu.nmi()
+        context.expect("L2 answers", l2.ping(), True)
+    _expect_taken(context, "with GIF=0", l2, NMI, 0)
+    l2.run([simple("STGI"), simple("NOP1")])
+    _expect_taken(context, "after STGI", l2, NMI, 1)
+    machine.vcpus[0].vcpu.nmi()
+    context.expect("L2 answers", l2.ping(), True)
+    _expect_taken(context, "with GIF=1", l2, NMI, 2)
+
+
+@scenario(needs=[nested_svm], levels=3)
+def test_gif_of_l2_holds_interrupts(context: Context) -> None:
+    """An interrupt that comes after L2's CLGI is taken by L2 after its STGI."""
+    machine = proxy_machine(context, timeout_s=TIMEOUT_S, irqchip=True)
+    Apic(machine.l1).enable()
+    l2 = machine.l1.launch()
+    l2.enable_svm()
+    l2.instance.set_eoi(Eoi.XAPIC)
+    l2.run([simple("CLGI"), simple("STI_NOP")])
+    machine.interrupt(VECTOR)
+    context.expect("L2 answers", l2.ping(), True)
+    _expect_taken(context, "with GIF=0", l2, VECTOR, 0)
+    l2.run([simple("STGI"), simple("NOP1"), simple("CLI")])
+    _expect_taken(context, "after STGI", l2, VECTOR, 1)
+
+
+@scenario(needs=[nested_svm], levels=3)
+def test_nmi_that_ends_l3_is_taken_by_l2_after_stgi(context: Context) -> None:
+    """An NMI while L3 runs exits to L2 that intercepts it, and L2 takes it after STGI."""
+    machine = proxy_machine(context, timeout_s=TIMEOUT_S)
+    l2 = machine.l1.launch()
+    l3 = l2.launch(vmcb={"intercept.nmi": 1}, enter_flags=NO_STGI)
+    context.expect("L3 answers", l3.ping(), True)
+    machine.vcpus[0].vcpu.nmi()
+    _expect_host(context, l3.run_to_exit(nop()), l2, ExitCode.SVM_EXIT_NMI)
+    context.expect("L2 answers", l2.ping(), True)
+    _expect_taken(context, "with GIF=0", l2, NMI, 0)
+    l2.run([simple("STGI"), simple("NOP1")])
+    _expect_taken(context, "after STGI", l2, NMI, 1)
+    expect_no_fault(context, "what L3 was at", l3.finish()[0].fault)
+
+
+@scenario(needs=[nested_svm], axes={"intercepted": (False, True)}, levels=3)
+def test_nmi_that_waits_for_gif_of_l2_meets_l3(context: Context, intercepted: bool) -> None:
+    """VMRUN of L2 lets an NMI in that GIF=0 held: it exits at once if intercepted, else is L3's."""
+    machine = proxy_machine(context, timeout_s=TIMEOUT_S)
+    l2 = machine.l1.launch()
+    l3 = l2.launch(enter_flags=NO_STGI)
+    context.expect("L3 answers", l3.ping(), True)
+    l2.run(simple("CLGI"))
+    machine.vcpus[0].vcpu.nmi()
+    context.expect("L2 answers", l2.ping(), True)
+    l3.configure({"intercept.nmi": int(intercepted)})
+    if not intercepted:
+        context.expect("L3 answers", l3.ping(), True)
+        _expect_taken(context, "at its entry", l3, NMI, 1)
+        return
+    _expect_host(context, l3.enter(), l2, ExitCode.SVM_EXIT_NMI)
+    l2.run([simple("STGI"), simple("NOP1")])
+    _expect_taken(context, "after STGI", l2, NMI, 1)
+
+
+# Levels in the middle of a program
+
+
+def _expect_busy(context: Context, level: Level) -> None:
+    try:
+        level.ping()
+    except ProxyError:
+        return
+    context.expect(f"{level.name} in the middle of a program takes another one", True, False)
+
+
+@scenario(needs=[nested_svm], axes={"asker": ("l1", "l2")}, levels=3)
+def test_level_with_an_exit_takes_no_program_until_it_is_resumed(
+    context: Context, asker: str
+) -> None:
+    """A level whose exit was not answered, or inside VMRUN for such a one, takes no program."""
+    _, l2, l3 = _levels(context)
+    (l2 if asker == "l1" else l3).vmcb["intercept.cpuid"] = 1
+    exit_ = l3.run_to_exit(cpuid(0))
+    _expect_busy(context, l3)
+    if asker == "l1":
+        _expect_busy(context, l2)
+    exit_.skip()
+    expect_no_fault(context, "CPUID", l3.finish()[0].fault)
+    context.expect("L3 and L2", (l3.ping(), l2.ping()), (True, True))
+
+
+@scenario(needs=[nested_svm], axes={"level": (2, 3)}, levels=3)
+def test_reset_abandons_a_program(context: Context, level: int) -> None:
+    """A level that was reset takes programs again, and L3 runs whichever it was."""
+    machine, l2, l3 = _levels(context)
+    context.expect("L3 answers", l3.ping(), True)
+    target = l2 if level == 2 else l3
+    hsave = l2.rdmsr(Msr.MSR_VM_HSAVE_PA)
+    target.configure({"intercept.cpuid": 1})
+    target.run_to_exit(cpuid(0))
+    target.reset()
+    expect_no_fault(context, "CPUID, not intercepted any more", target.do(cpuid(0)).fault)
+    context.expect("VM_HSAVE_PA of L2", l2.rdmsr(Msr.MSR_VM_HSAVE_PA), hsave, hex)
+    target.write_cr(2, 0x1234)
+    target.reset()
+    context.expect("CR2 after a reset without an exit", target.read_cr(2), 0, hex)
+    context.expect("all levels", [x.ping() for x in (l3, l2, machine.l1)], [True] * 3)

@@ -12,7 +12,7 @@ from typing import Final
 
 from harness.facts import nested_svm, npt
 from harness.machine.addresses import Gpa
-from harness.proxy.level import GuestLevel
+from harness.proxy.guest_level import GuestLevel
 from harness.proxy.ops import Op
 from harness.proxy.paging import PAGE, Pte
 from harness.proxy.program import load, rdmsr, rdtsc, simple, store
@@ -20,24 +20,12 @@ from harness.proxy.vmexit import VmExit
 from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
 from harness.scenarios.l2 import expect_exit, expect_no_fault, proxy_machine
-from harness.svm.bits import Bits, bits
 from harness.svm.exit_codes import ExitCode
+from harness.svm.exit_info import NpfInfo
 from harness.svm.msrs import Msr
 
 HANG_S = 5.0
 _VALUE = 0x1122_3344_5566_7788
-
-
-class NpfInfo(Bits):
-    """EXITINFO1 of #NPF (APM vol. 2, 15.25.6 Nested versus Guest Page Faults)."""
-
-    GUEST_PAGE_TABLE = bits(33)
-    GUEST_FINAL = bits(32)
-    ID = bits(4)
-    RSV = bits(3)
-    US = bits(2)
-    RW = bits(1)
-    P = bits(0)
 
 
 @dataclass(frozen=True)

@@ -18,27 +18,11 @@ from harness.proxy.vmexit import VmExit
 from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
 from harness.scenarios.l2 import expect_exit, expect_fault, proxy_machine
-from harness.svm.bits import Bits, bits
 from harness.svm.exit_codes import ExitCode
+from harness.svm.exit_info import IoioInfo
 from harness.svm.msrs import Msr
 
 HANG_S = 5.0
-
-
-class IoioInfo(Bits):
-    """EXITINFO1 of an IOIO exit (APM vol. 2, 15.10.2 IN and OUT Behavior)."""
-
-    PORT = bits(31, 16)
-    SEG = bits(12, 10)
-    A64 = bits(9)
-    A32 = bits(8)
-    A16 = bits(7)
-    SZ32 = bits(6)
-    SZ16 = bits(5)
-    SZ8 = bits(4)
-    REP = bits(3)
-    STR = bits(2)
-    TYPE = bits(0)
 
 
 # MSRs

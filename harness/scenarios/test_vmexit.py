@@ -13,8 +13,9 @@ from typing import Final
 
 from harness.facts import nested_svm
 from harness.machine.addresses import Gpa
+from harness.proxy.guest_level import GuestLevel
 from harness.proxy.layout import GDT_USER_CS64, GDT_USER_DS
-from harness.proxy.level import ENTER_DEFAULT, GuestLevel, Level
+from harness.proxy.level import ENTER_DEFAULT, Level
 from harness.proxy.ops import EnterFlag, Op, instruction
 from harness.proxy.program import (
     rdmsr,

@@ -14,22 +14,27 @@ from typing import Final
 from harness.facts import nested_svm, npt
 from harness.machine.addresses import Gpa
 from harness.machine.cpuid import CpuidPolicy
+from harness.proxy.failure import GuestStopped
+from harness.proxy.guest_level import GuestLevel
 from harness.proxy.layout import GDT_CS32
-from harness.proxy.level import ENTER_DEFAULT, GuestLevel, Level
+from harness.proxy.level import ENTER_DEFAULT, Level
 from harness.proxy.ops import EnterFlag
 from harness.proxy.program import PF, read_cr
 from harness.proxy.vmexit import VmExit
 from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
-from harness.scenarios.l2 import expect_exit, gif_of, proxy_machine
+from harness.scenarios.l2 import TIMEOUT_S, expect_exit, gif_of, proxy_machine
 from harness.svm.exit_codes import VMEXIT_INVALID, ExitCode, describe
 from harness.svm.msrs import Cr0, Cr4, Efer
 from harness.svm.vmcb import IOPM_SIZE, MSRPM_SIZE, EventInj, SegAttrib
+from kvm_ioctl.exits import InternalErrorExit
 
 ADDRESS_BITS: Final = 36
 """MAXPHYADDR of the guests here; smaller than any host's, so that KVM's own checks are seen."""
 LIMIT: Final = 1 << ADDRESS_BITS
 
+HANG_S: Final = 5.0
+"""An L2 that cannot go on hangs if it takes longer."""
 PAGE: Final = 0x1000
 VMMCALL: Final = bytes.fromhex("0f01d9")
 
@@ -115,9 +120,9 @@ ILLEGAL: Final = {**ILLEGAL_SAVE, **ILLEGAL_CONTROL}
 """VMCBs that VMRUN must refuse, each illegal in one respect only."""
 
 
-def _l1(context: Context) -> Level:
+def _l1(context: Context, timeout_s: float = TIMEOUT_S) -> Level:
     policy = CpuidPolicy(physical_address_bits=ADDRESS_BITS)
-    return proxy_machine(context, cpuid=policy, memory_mib=32).l1
+    return proxy_machine(context, cpuid=policy, memory_mib=32, timeout_s=timeout_s).l1
 
 
 def _guest(l1: Level, *, npt: bool = True, flags: EnterFlag = ENTER_DEFAULT) -> GuestLevel:
@@ -191,10 +196,26 @@ def test_legal_vmcb_enters_l2(context: Context, field: str) -> None:
 def test_cr3_without_memory_enters_l2(context: Context, npt: bool) -> None:
     """A CR3 below MAXPHYADDR with no memory behind it is legal: L2 is entered, and faults."""
     l2 = _guest(_l1(context), npt=npt)
-    # Intercepted: KVM emulates no page tables without memory, so L2 could not take its own #PF.
+    # Intercepted: what becomes of a #PF that L2 cannot take is the claim of the next scenario.
     l2.vmcb.update({"cr3": LIMIT - PAGE, "intercept.excp.14": 1})
     expected = ExitCode.SVM_EXIT_NPF if npt else ExitCode.SVM_EXIT_EXCP_BASE + PF
     expect_exit(context, l2.enter(), expected)
+
+
+@scenario(needs=[nested_svm], levels=2)
+def test_fault_without_page_tables_ends_l2(context: Context) -> None:
+    """An L2 that can take no exception, its CR3 has no memory, shuts down or stops KVM_RUN.
+
+    The APM leaves reads of no memory open: KVM may tell userspace instead that it cannot go on.
+    """
+    l2 = _guest(_l1(context, HANG_S), npt=False)
+    l2.vmcb["cr3"] = LIMIT - PAGE
+    try:
+        exit_ = l2.enter()
+    except GuestStopped as stopped:
+        context.expect("KVM_RUN's exit", type(stopped.event).__name__, InternalErrorExit.__name__)
+        return
+    expect_exit(context, exit_, ExitCode.SVM_EXIT_SHUTDOWN)
 
 
 @scenario(needs=[nested_svm, npt], levels=2)

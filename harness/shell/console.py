@@ -21,7 +21,7 @@ from typing import Any, Final
 from harness.errors import NsvmError
 from harness.machine.vcpu import Kicked
 from harness.proxy.cpu import ProxyTimeout
-from harness.proxy.failure import GuestStopped, ProxyFailure
+from harness.proxy.failure import GuestStopped, LevelBusy, ProxyFailure
 from harness.proxy.vmexit import MissingVmExit, UnexpectedVmExit
 from harness.shell.completion import complete
 from harness.shell.interrupts import INPUT_PREFIX, Interrupts
@@ -96,7 +96,7 @@ class Console:
             code = self._compile(source, name, "single")
         except (SyntaxError, ValueError, OverflowError) as e:
             self._buffer.clear()
-            return _syntax_error(e)
+            return _syntax_error(_told_plainly(source, name, e))
         if code is None:
             return Answer(more=True)
         self._buffer.clear()
@@ -171,7 +171,7 @@ class Console:
             _complain(f"{type(error).__name__}: {error}")
             if isinstance(error, ProxyTimeout):
                 self._recover()
-            elif isinstance(error, ProxyFailure) and not isinstance(error, _HARMLESS):
+            elif isinstance(error, ProxyFailure | LevelBusy) and not isinstance(error, _HARMLESS):
                 _complain("(restart() starts the levels again, reboot() makes a new machine)")
             return Answer(raised=True)
         trace = error.__traceback__
@@ -207,6 +207,15 @@ def _complain(text: str) -> None:
 def _syntax_error(error: Exception) -> Answer:
     _complain("".join(traceback.format_exception_only(error)).rstrip())
     return Answer(raised=True)
+
+
+def _told_plainly(source: str, name: str, error: Exception) -> Exception:
+    """Return what `compile` says of a wrong line: codeop calls some "incomplete input"."""
+    try:
+        compile(source, name, "single")
+    except (SyntaxError, ValueError, OverflowError) as e:
+        return e
+    return error
 
 
 def _status_of(request: SystemExit) -> int:

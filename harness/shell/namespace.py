@@ -7,10 +7,13 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any, Final
 
+from harness.errors import NsvmError
 from harness.proxy import program
-from harness.proxy.level import GuestLevel, Level
+from harness.proxy.guest_level import GuestLevel
+from harness.proxy.level import Level
 from harness.proxy.machine import ProxyMachine
 from harness.proxy.ops import Policy
+from harness.proxy.smm import SmmLevel
 from harness.shell.restart import restart
 from harness.shell.show import block_of, text_of, vmcb_difference
 from harness.svm.exit_codes import ExitCode
@@ -22,7 +25,7 @@ from kvm_ioctl.handles import Kvm, Vcpu
 LEVELS: Final = {f"l{depth}": depth for depth in range(1, 6)}
 """Levels that are launched, by the one above, when they are first named."""
 
-_MACHINE_NAMES: Final = {"machine": ProxyMachine, "l1": Level} | dict.fromkeys(
+_MACHINE_NAMES: Final = {"machine": ProxyMachine, "l1": Level, "smm": SmmLevel} | dict.fromkeys(
     [name for name, depth in LEVELS.items() if depth > 1], GuestLevel
 )
 
@@ -41,6 +44,7 @@ machine          the VM: machine.vcpus, machine.memory, machine.inject_smi(), ..
 l1               L1; l1.rdmsr(0xC0000080), l1.cpuid(0x8000000A), l1.run([...]), l1.<Tab>
 l2, l3, l4, l5   launched by the level above when first used; or l2 = l1.launch(vmcb={...}, ...)
 kvm, vcpu        /dev/kvm, and vCPU 0: vcpu.get_regs(), vcpu.get_nested_state(), ...
+smm              the SMI handler, with smm=True: machine.inject_smi(), smm.save_area, smm.rsm()
 l2.vmcb          the VMCB; l2.vmcb["intercept.cpuid"] = 1, l2.run_to_exit(cpuid(0)), l2.finish()
 
 show(x)          a VMCB (of a level, an exit, ...) or another value, decoded, without what is zero
@@ -153,6 +157,8 @@ class Namespace(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         if name == "machine":
             return self._bench.machine
+        if name == "smm":
+            return self._bench.machine.smm
         if name == "vcpu":
             return self._bench.machine.vcpus[0].vcpu
         if name in LEVELS:
@@ -185,10 +191,13 @@ def diff(old: object, new: object) -> None:
 
 
 def snapshot(value: object) -> vmcb:
-    """Return a copy of the VMCB of a level, an exit or a view, as it is now."""
+    """Return a copy of the VMCB of a level, an exit or a view, as it is now.
+
+    Raises NsvmError: the value has none.
+    """
     block = block_of(value)
     if block is None:
-        raise TypeError(f"{type(value).__name__} has no VMCB")
+        raise NsvmError(f"{type(value).__name__} has no VMCB")
     return block
 
 
@@ -216,7 +225,8 @@ def _wrapped(names: Iterable[str], width: int = 70) -> str:
 def _described(value: object) -> str:
     kind = value if inspect.isroutine(value) or inspect.isclass(value) else type(value)
     try:
-        head = f"{kind.__qualname__}{inspect.signature(kind)}"
+        # Annotations are strings, with quotes that nobody wants to read.
+        head = f"{kind.__qualname__}{inspect.signature(kind)}".replace("'", "")
     except (TypeError, ValueError):
         head = kind.__qualname__
     lines = [head, inspect.getdoc(kind) or ""]

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from harness.proxy.cpu import Cpu
-from harness.proxy.failure import ProxyError
-from harness.proxy.level import GuestLevel, Level
-from harness.proxy.machine import ProxyMachine, _sregs
-from harness.svm.msrs import Efer
+from harness.proxy.guest_level import GuestLevel
+from harness.proxy.l1_entry import enter_l1
+from harness.proxy.level import Level
+from harness.proxy.machine import ProxyMachine
 from kvm_ioctl.asm_kvm import (
     NestedFormat,
     NestedStateFlags,
     VcpuEventFlags,
-    kvm_regs,
     kvm_vcpu_events,
 )
 from kvm_ioctl.capabilities import Cap
-from kvm_ioctl.linux_kvm import MpState, kvm_mp_state
 
 _START_S = 10.0
 
@@ -39,11 +37,12 @@ def _restart_cpu(machine: ProxyMachine, cpu: Cpu) -> list[Level]:
         return []
     guests = list(_guests_under_way(cpu))
     _reset_vcpu(machine, cpu)
-    for guest in guests:
-        _reset_guest(guest)
+    # Nothing runs any more that would have to be left.
+    cpu.current = None
     for level in cpu.levels():
         level.entered = None
-    cpu.current = None
+    for guest in guests:
+        _reset_guest(guest)
     cpu.wait_report(_START_S)
     return [cpu.l1, *guests]
 
@@ -61,31 +60,25 @@ def _guests_under_way(cpu: Cpu) -> Iterator[GuestLevel]:
 
 
 def _reset_guest(guest: GuestLevel) -> None:
+    if guest.nesting is not None:
+        # The control area as its host asked for it.
+        guest.nesting.gif.set()
     control = guest.vmcb.control
     control.event_inj = control.int_state = 0
     guest.reset()
     block = guest.vmcb.read()
     block.control = control
     guest.vmcb.write(block)
-    if guest.nesting is not None:
-        guest.nesting.inner_pa = None
-        guest.nesting.gif = True
 
 
 def _reset_vcpu(machine: ProxyMachine, cpu: Cpu) -> None:
     """Put a vCPU where L1 starts: out of SMM, out of any guest, nothing pending."""
-    vcpu, context = cpu.runner.vcpu, cpu.l1.context
+    vcpu = cpu.runner.vcpu
     flags = VcpuEventFlags.KVM_VCPUEVENT_VALID_SMM | VcpuEventFlags.KVM_VCPUEVENT_VALID_SHADOW
     vcpu.set_vcpu_events(kvm_vcpu_events(flags=flags))
     if machine.vm.check_extension(Cap.KVM_CAP_NESTED_STATE):
         _leave_guest_mode(cpu)
-    sregs = _sregs(vcpu.get_sregs(), context)
-    if _uses_svm(cpu.l1):
-        sregs.efer = Efer(sregs.efer).replace(SVME=1)
-    vcpu.set_sregs(sregs)
-    vcpu.set_regs(kvm_regs(rip=context.rip, rsp=context.rsp, rdi=context.rdi, rflags=2))
-    if machine.irqchip:
-        vcpu.set_mp_state(kvm_mp_state(mp_state=MpState.KVM_MP_STATE_RUNNABLE))
+    enter_l1(vcpu, cpu.l1.context, irqchip=machine.irqchip, svme=cpu.l1.uses_svm)
 
 
 def _leave_guest_mode(cpu: Cpu) -> None:
@@ -94,10 +87,3 @@ def _leave_guest_mode(cpu: Cpu) -> None:
         # Without GUEST_MODE, KVM_SET_NESTED_STATE makes L1 current (svm_set_nested_state).
         state.flags = NestedStateFlags.KVM_STATE_NESTED_GIF_SET
         cpu.runner.vcpu.set_nested_state(state)
-
-
-def _uses_svm(l1: Level) -> bool:
-    try:
-        return bool(l1.host_state_gpa)
-    except ProxyError:
-        return False

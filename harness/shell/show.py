@@ -2,99 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
-from typing import Any, Final
 
-from harness.proxy.level import GuestLevel, Level
-from harness.proxy.vmcb_view import _REGISTERS as CONTROL_REGISTERS
+from harness.proxy.guest_level import GuestLevel
+from harness.proxy.level import Level
+from harness.proxy.machine import ProxyMachine
 from harness.proxy.vmcb_view import VmcbView
 from harness.proxy.vmexit import VmExit
 from harness.svm.bits import Bits
-from harness.svm.exit_codes import describe
-from harness.svm.intercepts import Intercept
-from harness.svm.msrs import Cr0, Cr4, Efer
-from harness.svm.vmcb import SegAttrib, vmcb, vmcb_seg
+from harness.svm.vmcb import vmcb
+from harness.svm.vmcb_text import bits_text, vmcb_rows
 from kvm_ioctl.cstruct import CStruct
 
-_SAVE_REGISTERS: Final[Mapping[str, type[Bits]]] = {"efer": Efer, "cr0": Cr0, "cr4": Cr4}
 _NAME_WIDTH = 20
-
-#: Field name, its text, and whether it is zero.
-_Row = tuple[str, str, bool]
-
-
-def bits_text(value: Bits) -> str:
-    """Return the fields that are not zero: `PG WP V_TPR=0x5`, and `rest=` for undeclared bits."""
-    shown, declared = [], 0
-    for name, field in value.fields().items():
-        declared |= field.mask
-        if found := field.extract(value):
-            shown.append(name if field.limit == 1 else f"{name}={found:#x}")
-    if rest := value & ~declared:
-        shown.append(f"rest={rest:#x}")
-    return " ".join(shown)
-
-
-def intercept_names(block: vmcb) -> list[str]:
-    """Return the intercepts that are set, as `vmcb={"intercept.NAME": 1}` takes them."""
-    names = {int(bit): bit.name.removeprefix("INTERCEPT_").lower() for bit in Intercept}
-    found = []
-    for word, value in enumerate(block.control.intercepts):
-        for bit in range(32):
-            number = 32 * word + bit
-            if value >> bit & 1:
-                found.append(_exception(number) or names.get(number, f"bit {number}"))
-    return found
-
-
-def _exception(number: int) -> str | None:
-    vector = number - Intercept.INTERCEPT_EXCEPTION_OFFSET
-    return f"excp.{vector}" if 0 <= vector < 32 else None
-
-
-def vmcb_rows(block: vmcb) -> dict[str, list[_Row]]:
-    """Return all fields of a VMCB, by area."""
-    return {
-        "control": list(_control_rows(block)),
-        "save": [_save_row(block.save, name) for name in _fields(block.save)],
-    }
-
-
-def _control_rows(block: vmcb) -> Iterator[_Row]:
-    names = intercept_names(block)
-    yield "intercepts", " ".join(names), not names
-    for name in _fields(block.control):
-        if name == "intercepts":
-            continue
-        value = getattr(block.control, name)
-        if name == "exit_code":
-            yield name, f"{value:#x}  {describe(value)}", not value
-        else:
-            yield _row(name, value, CONTROL_REGISTERS.get(name))
-
-
-def _save_row(save: Any, name: str) -> _Row:
-    value = getattr(save, name)
-    if not isinstance(value, vmcb_seg):
-        return _row(name, value, _SAVE_REGISTERS.get(name))
-    text = f"{value.selector:#06x} base={value.base:#x} limit={value.limit:#x}"
-    attrib = f" attrib={value.attrib:#05x} ({bits_text(SegAttrib(value.attrib))})"
-    return name, text + (attrib if value.attrib else ""), not any(value.as_bytes())
-
-
-def _row(name: str, value: Any, register: type[Bits] | None) -> _Row:
-    if isinstance(value, ctypes.Array):
-        data = bytes(value)
-        return name, data.rstrip(b"\0").hex(" ") or "0", not any(data)
-    decoded = bits_text(register(value)) if register and value else ""
-    return name, f"{value:#x}  {decoded}".rstrip(), not value
-
-
-def _fields(area: Any) -> Iterator[str]:
-    for field in area._fields_:
-        yield field[0]
 
 
 def vmcb_text(block: vmcb) -> str:
@@ -137,6 +58,8 @@ def text_of(value: object) -> str:
         return vmcb_text(value)
     if isinstance(value, Level):
         return _level_text(value)
+    if isinstance(value, ProxyMachine):
+        return _machine_text(value)
     if isinstance(value, CStruct):
         return _struct_text(value)
     if isinstance(value, list) and value and all(map(_has_own_text, value)):
@@ -160,6 +83,14 @@ def _level_text(level: Level) -> str:
         if level.exit is not None:
             extra += f", in the middle of a program at {level.exit}"
     return f"<{level.name} of vCPU {level.cpu.runner.index}{extra}: {state}>"
+
+
+def _machine_text(machine: ProxyMachine) -> str:
+    count = len(machine.vcpus)
+    parts = [f"{count} vCPU{'s' * (count != 1)}", f"{machine.memory_bytes >> 20} MiB"]
+    parts += ["irqchip"] * machine.irqchip + ["SMM"] * machine.smm_wired
+    levels = [level.name for cpu in machine.cpus[:1] for level in cpu.levels()]
+    return f"<machine with {', '.join(parts)}; vCPU 0 has {', '.join(levels)}>"
 
 
 def _struct_text(value: CStruct) -> str:

@@ -10,6 +10,7 @@ class Leaf(IntEnum):
 
     VENDOR = 0x0000_0000
     FEATURES = 0x0000_0001
+    STRUCTURED_FEATURES = 0x0000_0007
     TOPOLOGY = 0x0000_000B
     TOPOLOGY_V2 = 0x0000_001F
     KVM_SIGNATURE = 0x4000_0000
@@ -36,6 +37,24 @@ class ExtendedFeaturesEdx(Bits):
     RDTSCP = bits(27)
     FFXSR = bits(25)
     NX = bits(20)
+
+
+class StructuredFeaturesEbx(Bits):
+    """CPUID 0000_0007 subleaf 0 EBX, the bits that intercepts depend on."""
+
+    INVPCID = bits(10)
+
+
+class StructuredFeaturesEcx(Bits):
+    """CPUID 0000_0007 subleaf 0 ECX, the bits about state that the VMCB has."""
+
+    SHSTK = bits(7)
+
+
+class AddressSizesEbx(Bits):
+    """CPUID 8000_0008 EBX, the bits that intercepts depend on."""
+
+    RDPRU = bits(4)
 
 
 class AddressSizesEax(Bits):

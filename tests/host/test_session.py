@@ -12,7 +12,7 @@ from harness.errors import HostError, HostLost
 from harness.host import session as session_module
 from harness.host.local import ProcessPipe
 from harness.host.qemu import SocketPipe
-from harness.host.session import CallResult, Session
+from harness.host.session import CallResult, Cancelled, Session
 
 
 class Agent:
@@ -152,6 +152,18 @@ def test_heartbeats_do_not_keep_a_call_waiting_for_ever(pair):
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_call_that_another_thread_cancels_ends_at_once(pair, monkeypatch):
+    """Long before the host would be taken for lost."""
+    monkeypatch.setattr(session_module, "SILENCE_S", 60)
+    session, agent = pair
+    agent.say({"event": "begin", "id": 1})
+    cancel = lambda event: threading.Timer(0.1, session.cancel).start()  # noqa: E731
+    started = time.monotonic()
+    with pytest.raises(Cancelled):
+        session.call("m:f", timeout_s=60, on_event=cancel)
+    assert time.monotonic() - started < 30
 
 
 def test_what_was_said_before_the_end_is_not_lost(pair):

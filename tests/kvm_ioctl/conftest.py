@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -37,15 +36,6 @@ class RealModeGuest:
         regs = self.vcpu.get_regs()
         regs.rip, regs.rflags, regs.rsp = CODE_GPA, 2, RAM_BYTES
         self.vcpu.set_regs(regs)
-
-
-@pytest.fixture
-def kvm() -> Iterator[Kvm]:
-    # Only a missing device is a reason to skip; one that cannot be opened is an error.
-    if not os.path.exists("/dev/kvm"):
-        pytest.skip("this machine has no /dev/kvm")
-    with Kvm() as kvm:
-        yield kvm
 
 
 @pytest.fixture

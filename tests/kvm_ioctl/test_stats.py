@@ -5,7 +5,10 @@ import struct
 from pathlib import Path
 
 import pytest
+from real_mode_code import OUT_IN_STORE_HLT
 
+from kvm_ioctl.capabilities import Cap
+from kvm_ioctl.handles import Vm
 from kvm_ioctl.linux_kvm import StatsBase, StatsType, StatsUnit
 from kvm_ioctl.stats import StatDescriptor, StatsError, StatsFd
 
@@ -104,3 +107,17 @@ def test_values_are_read_anew(stats_of) -> None:
         file.seek(len(GOOD) - 48)
         file.write(struct.pack("=Q", 12))
     assert stats.read()["exits"] == 12
+
+
+@pytest.mark.kvm
+def test_statistics_count_exits(guest, vm: Vm) -> None:
+    vcpu = guest(OUT_IN_STORE_HLT).vcpu
+    if not vm.check_extension(Cap.KVM_CAP_BINARY_STATS_FD):
+        pytest.skip("KVM_CAP_BINARY_STATS_FD is 0")
+    with vcpu.stats() as stats:
+        before = stats.read()["exits"]
+        vcpu.enter()
+        assert stats.read()["exits"] > before
+        assert "vcpu-0" in stats.id
+    with vm.stats() as stats:
+        assert "remote_tlb_flush" in stats.read()

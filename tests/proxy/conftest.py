@@ -1,13 +1,9 @@
-import faulthandler
-import os
-import sys
-
 import pytest
+from kvm_deadline import process_deadline
 
 from harness.machine.addresses import Gpa
 from harness.machine.memory import GuestMemory
 from harness.proxy.paging import PageAllocator
-from kvm_ioctl.handles import Kvm
 
 DEADLINE_S = 120
 MEMORY_BYTES = 8 << 20
@@ -15,10 +11,8 @@ MEMORY_BYTES = 8 << 20
 
 @pytest.fixture(autouse=True)
 def deadline():
-    """End the process, with all stacks, if a test hangs: nothing else gets out of KVM_RUN."""
-    faulthandler.dump_traceback_later(DEADLINE_S, exit=True, file=sys.__stderr__)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+    with process_deadline(DEADLINE_S):
+        yield
 
 
 class SlotsOnly:
@@ -48,12 +42,3 @@ def proxy_image(tmp_path_factory):
     from guest_images import build
 
     return build("proxy", cache=tmp_path_factory.mktemp("images")).read_bytes()
-
-
-@pytest.fixture
-def kvm():
-    # Absent is a machine without KVM; there but unusable is a mistake, and Kvm() says which.
-    if not os.path.exists("/dev/kvm"):
-        pytest.skip("no /dev/kvm on this machine")
-    with Kvm() as opened:
-        yield opened

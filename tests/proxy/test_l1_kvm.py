@@ -123,6 +123,12 @@ def test_every_vcpu_has_its_own_levels(kvm, proxy_image):
         assert second.instance["vcpu"] == 1
 
 
+@pytest.mark.parametrize("options", [{"smm": True, "vcpus": 14}, {"memory_mib": 1025}])
+def test_a_machine_that_is_too_large_is_refused_in_one_line(kvm, proxy_image, options):
+    with pytest.raises(MachineError, match=r"^[^\n]* at most, not (14|1025)$"):
+        ProxyMachine(kvm, image=proxy_image, **options)
+
+
 def test_own_page_tables_can_be_changed(machine, l1):
     page = machine.pages.take()
     assert l1.read(page) == 0
@@ -147,6 +153,17 @@ def test_an_endless_guest_is_a_failure_with_its_place(l1):
     text = str(caught.value)
     assert "L1: at operation 1: EXEC(rbx=0x77" in text
     assert "code=eb fe" in text
+
+
+def test_a_level_in_the_middle_of_a_program_takes_no_other(l1):
+    with pytest.raises(ProxyTimeout):
+        l1.do(spin_until(l1.scratch, 1, polls=1 << 40), timeout_s=0.3)
+    with pytest.raises(ProxyError, match=r"^L1 is in the middle of a program, .* SPIN_UNTIL"):
+        l1.ping()
+    l1.instance.memory.write_int(l1.scratch, 8, 1)
+    (result,) = l1.go_on()
+    assert result.ok
+    assert l1.ping()
 
 
 def test_a_scribbled_mailbox_is_a_failure(l1):

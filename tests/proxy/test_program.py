@@ -114,6 +114,12 @@ def test_loop_beyond_its_program_is_refused():
         flatten([Op(Control.LOOP, "LOOP", (1,), length=1)])
 
 
+@pytest.mark.parametrize("program", [7, [nop(), 7], [[nop(), "x"]], "x"])
+def test_what_is_no_operation_is_refused_in_one_line(program):
+    with pytest.raises(ProgramError, match=r"^(7|'x') is no operation$"):
+        flatten(program)
+
+
 def test_a_fault_says_what_it_was():
     fault = Fault(PF, 2, 0x1000, 0x10_0000, 8, 2, 0)
     assert str(fault) == "#PF(error=0x2, cr2=0x1000, rip=0x100000)"

@@ -2,9 +2,10 @@ import pytest
 
 from harness.machine.addresses import Gpa
 from harness.proxy.paging import LARGE_PAGE, PageTables, Pte, translate
-from harness.proxy.shadow_npt import NpfInfo, Outcome, ShadowNpt
+from harness.proxy.shadow_npt import Outcome, ShadowNpt
+from harness.svm.exit_info import NpfInfo
 
-READ, WRITE, FETCH = NpfInfo.US, NpfInfo.US | NpfInfo.RW, NpfInfo.US | NpfInfo.ID
+READ, WRITE, FETCH = NpfInfo.of(US=1), NpfInfo.of(US=1, RW=1), NpfInfo.of(US=1, ID=1)
 FINAL = 1 << 32
 
 
@@ -69,7 +70,7 @@ def test_absent_in_the_guests_tables_is_the_guests_fault(guest, shadow, access):
 def test_permissions_of_the_guests_tables_hold(memory, guest, shadow, change, refused):
     guest.protect(0x5000, **change)
     outcome = shadow.fault(0x5000, refused | FINAL, same, same)
-    assert outcome == (Outcome.GUEST, refused | FINAL | NpfInfo.P)
+    assert outcome == (Outcome.GUEST, refused | FINAL | NpfInfo.P.mask)
     if refused is not READ:
         assert shadow.fault(0x5000, READ, same, same)[0] is Outcome.FILLED
         assert bool(translate(memory, shadow.root, 0x5000)[1] & Pte.W) == (refused is not WRITE)

@@ -6,6 +6,7 @@ from harness.machine.addresses import Gpa
 from harness.proxy.vmcb_view import VmcbFieldError, VmcbView, intercept_named
 from harness.svm.intercepts import Intercept
 from harness.svm.vmcb import IntCtl, vmcb, vmcb_control_area, vmcb_save_area
+from harness.svm.vmcb_text import FIELD_BITS
 
 GPA = Gpa(0x3000)
 
@@ -61,8 +62,21 @@ def test_bits_and_segments(view):
     assert view.save.cs.attrib == view["cs.attrib"] == 0x29B
 
 
+@pytest.mark.parametrize("name", FIELD_BITS)
+def test_every_field_with_named_bits_has_each(view, name):
+    full = f"cs.{name}" if name == "attrib" else name
+    for bit, field in FIELD_BITS[name].fields().items():
+        view[full] = 0
+        view[f"{full}.{bit}"] = field.limit
+        assert view[full] == field.mask
+
+
 @pytest.mark.parametrize(
-    "name", ["rop", "control.rip", "int_ctl.NO", "save.cs", "intercept.nothing", "intercepts"]
+    "name",
+    [
+        *("rop", "control.rip", "int_ctl.NO", "save.cs", "intercept.nothing", "intercepts"),
+        *("intercept.excp.32", "intercept.excp.PF", "intercept.excp."),
+    ],
 )
 def test_unknown_names_are_refused_in_one_line(view, name):
     with pytest.raises(VmcbFieldError) as caught:
@@ -70,7 +84,9 @@ def test_unknown_names_are_refused_in_one_line(view, name):
     assert name.removeprefix("intercept.") in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("asid", 1 << 32), ("int_ctl.V_GIF", 2)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("asid", 1 << 32), ("int_ctl.V_GIF", 2), ("asid", "x")]
+)
 def test_values_that_do_not_fit_are_refused(view, name, value):
-    with pytest.raises(VmcbFieldError, match="does not fit"):
+    with pytest.raises(VmcbFieldError, match=f"{name}: .* (does not fit|is no number)"):
         view[name] = value

@@ -7,16 +7,18 @@ import pytest
 from click.testing import CliRunner
 from fake_pool import HEAD, FakePool, scenario_source
 
-from harness.commands import run as run_module
+from harness.commands.run import command
 from harness.report.results import read_results
+from harness.runner import run as run_module
 
 
 class Ran:
     """What one run left: its status, words, files and calls."""
 
-    def __init__(self, result, directory, pool):
+    def __init__(self, result, directory, pools):
         assert result.exception is None or isinstance(result.exception, SystemExit), result
-        self.status, self.output, self.pool = result.exit_code, result.output, pool
+        self.status, self.output = result.exit_code, result.output
+        self.pools, self.pool = pools, pools[0]
         self.events = read_results(directory / "results.jsonl")
         self.junit = ElementTree.parse(directory / "junit.xml").getroot()
 
@@ -37,11 +39,20 @@ class Ran:
 def run(tmp_path, monkeypatch):
     """Return a function that runs scenarios, given as name=fate, on a fake pool."""
 
-    def start(*options, pool_options=None, sources=None, name="scenarios.py", text="", **fates):
+    def start(
+        *options,
+        pool=FakePool,
+        pool_options=None,
+        sources=None,
+        name="scenarios.py",
+        text="",
+        jobs=1,
+        **fates,
+    ):
         pools = []
 
         def make(choice, **arguments):
-            pools.append(FakePool(choice, **arguments, **(pool_options or {})))
+            pools.append(pool(choice, **arguments, **(pool_options or {})))
             return pools[-1]
 
         monkeypatch.setattr(run_module, "HostPool", make)
@@ -49,9 +60,10 @@ def run(tmp_path, monkeypatch):
         written = sources or [scenario_source(case, fate) for case, fate in fates.items()]
         file.write_text(text or "\n".join([HEAD, *written]))
         directory = tmp_path / "results"
-        arguments = ["--host", "emulated", "--results", str(directory), *options, str(file)]
-        result = CliRunner().invoke(run_module.command, arguments)
-        return Ran(result, directory, pools[0])
+        where = ["--host", "emulated", "-j", str(jobs), "--results", str(directory)]
+        arguments = [*where, *options, str(file)]
+        result = CliRunner().invoke(command, arguments)
+        return Ran(result, directory, pools)
 
     before = signal.getsignal(signal.SIGTERM)
     yield start

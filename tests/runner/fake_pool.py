@@ -88,6 +88,7 @@ class FakePool:
         self.choice, self.fresh, self.kind, self.refuse = choice, fresh, kind, refuse
         self.calls, self.dropped = [], []
         self.closed = False
+        self.cancelled = False
         self._host = FakeHost(kind)
 
     def __enter__(self):
@@ -103,6 +104,9 @@ class FakePool:
 
     def host(self, params):
         return self._host
+
+    def cancel(self):
+        self.cancelled = True
 
     def has(self, params):
         return not self.refuse

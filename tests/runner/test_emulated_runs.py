@@ -116,7 +116,7 @@ def finished(kernel, tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     file = directory / "scenarios.py"
     file.write_text(SCENARIOS)
-    with Nsvm("run", "--kernel", kernel, file, results=directory / "results") as run:
+    with Nsvm("run", "-j", 1, "--kernel", kernel, file, results=directory / "results") as run:
         wait_until(
             lambda: (
                 all(said(run.events(), "talks_and_waits").values())
@@ -229,7 +229,7 @@ def waiting(one_kernel, tmp_path):
     """A run in the middle of its second scenario, and its machines."""
     file = tmp_path / "waiting.py"
     file.write_text(WAITING)
-    with Nsvm("run", "--kernel", one_kernel, file, results=tmp_path / "results") as run:
+    with Nsvm("run", "-j", 1, "--kernel", one_kernel, file, results=tmp_path / "results") as run:
         wait_until(
             lambda: said(run.events(), "waits")["emit"] or run.process.poll() is not None,
             "the scenario waits",
@@ -261,6 +261,76 @@ def test_a_run_that_is_killed_takes_its_machines_with_it(waiting):
     run.end()
     wait_until(lambda: not any(machine.is_running() for machine in machines), "all are gone", 60)
     assert said(run.events(), "waits")["emit"] == ["waiting"]
+
+
+# Two hosts at once
+
+
+TWO_AT_ONCE = (
+    WAITING
+    + '''
+@scenario()
+def test_waits_too(context):
+    """A claim."""
+    test_waits(context)
+
+@scenario()
+def test_very_last(context):
+    """A claim."""
+'''
+)
+
+
+@pytest.fixture(params=[[], ["--shared"]], ids=["fresh", "shared"])
+def two_waiting(request, one_kernel, tmp_path):
+    """A run with a scenario that waits on each of two hosts."""
+    file = tmp_path / "waiting.py"
+    # Both first, the others behind them.
+    head, first, waits, last, too, very_last = TWO_AT_ONCE.split("@scenario()")
+    file.write_text("@scenario()".join([head, waits, too, first, last, very_last]))
+    arguments = ["run", "-j", 2, *request.param, "--kernel", one_kernel, file]
+    with Nsvm(*arguments, results=tmp_path / "results") as run:
+        wait_until(
+            lambda: (
+                all(said(run.events(), case)["emit"] for case in ("waits", "waits_too"))
+                or run.process.poll() is not None
+            ),
+            "both wait",
+        )
+        assert run.process.poll() is None, run.end()
+        yield run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_both_hosts_end_when_a_run_is_told_to_stop(two_waiting, number):
+    machines = two_waiting.machines()
+    assert len(machines) >= 2
+    two_waiting.process.send_signal(number)
+    status, output = two_waiting.end()
+    assert status == 2
+    assert not [machine for machine in machines if machine.is_running()]
+    verdicts = {case: end["verdict"] for case, end in two_waiting.ends().items()}
+    cases = ("waits", "waits_too", "first", "last", "very_last")
+    assert verdicts == dict.fromkeys(cases, "MISS"), output
+    assert two_waiting.events()[-1]["event"] == "summary"
+    assert "Traceback" not in output
+    assert "warm start failed" not in output
+
+
+def test_the_loss_of_one_host_is_nothing_to_the_other(two_waiting):
+    """The first machines are the two at work; their reserves, if any, came later."""
+    two_waiting.machines()[0].kill()
+    wait_until(lambda: len(two_waiting.ends()) == 4, "all but one have ended")
+    ends = two_waiting.ends()
+    [lost] = [case for case, end in ends.items() if end["verdict"] == "FAIL"]
+    [left] = {"waits", "waits_too"} - {lost}
+    assert ends[lost]["reason"].startswith("the host was lost: QEMU was ended by SIGKILL")
+    assert {case: end["verdict"] for case, end in ends.items() if case != lost} == {
+        "first": "PASS",
+        "last": "PASS",
+        "very_last": "PASS",
+    }
+    assert left not in ends
 
 
 def cpu_s(machine):

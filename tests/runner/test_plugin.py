@@ -1,5 +1,7 @@
 """`nsvm run` through pytest, on hosts whose fates are written down: verdicts, files, statuses."""
 
+import os
+
 import pytest
 from fake_pool import scenario_source
 
@@ -191,9 +193,17 @@ def test_one_machine_for_all_is_asked_for(run, options, fresh):
 
 
 def test_the_users_own_pytest_settings_do_not_matter(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTEST_ADDOPTS", "")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
+    monkeypatch.setenv("PYTEST_PLUGINS", "no_such_plugin")
+    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", raising=False)
+    before = pytest_variables()
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
     assert run(one="pass").status == 0
+    assert pytest_variables() == before
+
+
+def pytest_variables():
+    return {k: v for k, v in os.environ.items() if k.startswith("PYTEST_") and "CURRENT" not in k}
 
 
 def test_a_second_run_into_the_same_place_keeps_the_first(run, tmp_path):

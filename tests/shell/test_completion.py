@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.proxy.level import GuestLevel
+from harness.proxy.guest_level import GuestLevel
 from harness.proxy.vmcb_view import place_of
 from harness.shell.completion import complete, vmcb_names
 
@@ -41,6 +41,8 @@ def completions(line):
         ("nobody.", []),
         ('l2.vmcb["exit_c', ["exit_code"]),
         ("l2.vmcb['cs.a", ["cs.attrib"]),
+        ("l2.vmcb['int_ctl.V_IR", ["int_ctl.V_IRQ"]),
+        ("l2.vmcb['intercept.excp.14", ["intercept.excp.14"]),
         ('l1.launch(vmcb={"intercept.cpu', ["intercept.cpuid"]),
         ('l1.launch(vmcb={"asid": 1, "nested_c', ["nested_cr3", "nested_ctl"]),
     ],

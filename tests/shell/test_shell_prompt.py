@@ -15,6 +15,7 @@ pytestmark = pytest.mark.emulated
 START_S = 240
 ANSWER_S = 60
 PROMPT = ">>> "
+PREVIOUS_LINE = "\x10"
 COMMAND = ["-m", "harness", "shell", "--host", "emulated", "--kernel"]
 
 
@@ -104,7 +105,12 @@ def test_a_level_answers_and_a_vmcb_is_printed(terminal, one_kernel):
 
 def test_what_goes_wrong_is_one_line_or_a_traceback_and_the_prompt_is_back(terminal):
     assert terminal.type("l1.rdmsr(0x12345678)").startswith("GuestFault: RDMSR(rcx=0x12345678)")
-    assert terminal.type("machine.smm").count("\n") == 1
+    for line in (
+        *("machine.smm", "smm", "diff(l1, l2)", "l1.run(7)", "reboot(memory_mib=2048)"),
+        *('l2.vmcb["asid"] = "x"', 'l2.vmcb["intercept.excp.PF"]'),
+    ):
+        assert terminal.type(line).count("\n") == 1, line
+    assert terminal.type("def f(:").endswith("SyntaxError: invalid syntax\n")
     assert terminal.type("1 +").startswith("  File")
     trace = terminal.type("l1.nothing")
     assert trace.startswith("Traceback")
@@ -169,10 +175,16 @@ def test_a_dead_guest_is_said_and_starts_again(terminal):
     said = terminal.type("l1.run(triple_fault())")
     assert said.startswith("GuestStopped: ")
     assert "restart()" in said
+    said = terminal.type("l1.ping()")
+    assert said.startswith("LevelBusy: L1 is in the middle of a program, at operation 0: TRIPLE_F")
+    assert "restart()" in said
     assert terminal.type("restart()") == "started again: L1\n"
     assert terminal.type("l1.ping(), l2.ping()") == "(True, True)\n"
-    assert terminal.type("reboot(smm=True).inject_smi().name") == "'SMM'\n"
-    assert terminal.type("machine.smm.rsm().name, l1.ping()") == "('L1', True)\n"
+    assert terminal.type("reboot(smm=True)") == (
+        "<machine with 1 vCPU, 64 MiB, SMM; vCPU 0 has L1, SMM>\n"
+    )
+    assert terminal.type("machine.inject_smi().name") == "'SMM'\n"
+    assert terminal.type("smm.rsm().name, l1.ping()") == "('L1', True)\n"
 
 
 def test_tab_completes_names_attributes_and_vmcb_fields(terminal):
@@ -194,7 +206,7 @@ def test_lines_are_remembered_and_the_end_of_the_input_ends(one_kernel, environm
         terminal.child.sendeof()
         assert terminal.status() == 0
     with Terminal(one_kernel, environment) as terminal:
-        terminal.child.send("\x1b[A\x1b[A\n" if False else "\x10\n")
+        terminal.child.send(f"{PREVIOUS_LINE}\n")
         terminal.child.expect_exact(PROMPT)
         assert "0x2a" in terminal.child.before
 

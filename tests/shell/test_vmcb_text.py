@@ -4,10 +4,11 @@ import ctypes
 
 import pytest
 
-from harness.shell.show import block_of, text_of, vmcb_difference, vmcb_rows, vmcb_text
+from harness.shell.show import block_of, text_of, vmcb_difference, vmcb_text
 from harness.svm.intercepts import Intercept, InterceptWord
 from harness.svm.msrs import Cr0, Efer
 from harness.svm.vmcb import SegAttrib, vmcb
+from harness.svm.vmcb_text import vmcb_rows
 from kvm_ioctl.asm_kvm import kvm_regs
 
 

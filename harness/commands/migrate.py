@@ -1,0 +1,218 @@
+"""`nsvm migrate`: storms of migrations, and which kernels take each other's machines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from harness.commands.options import host_choice, host_options, require_writable, write_json
+from harness.host.session import CallResult, Event
+from harness.probe.kmsg import splats
+from harness.report.verdict import Verdict, exit_status
+from harness.runner import matrix as kernels_matrix
+from harness.runner.hosts import make_host
+from harness.storm.places import PLACES
+
+_PER_MOVE_S = 30.0
+_MARKS = {"works": "works", "refused": "refused", "differs": "DIFFERS"}
+
+
+@click.command("migrate")
+@click.option("--storm", "moves", type=click.IntRange(1), metavar="N", help="Move N times.")
+@click.option("--matrix", "specs", metavar="KERNELS", help="As 5.10,6.1,7.3: each to each.")
+@click.option("--levels", type=click.IntRange(1, 5), default=2, show_default=True)
+@click.option("--shadow", is_flag=True, help="Shadow paging for L2 and L3; else nested paging.")
+@click.option("--tracking", type=click.Choice(["log", "ring"]), default="log", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--places", metavar="PLACES", help="Of the table; by default all.")
+@click.option("--live", is_flag=True, help="The table: between two hosts that run, too.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@host_options
+def command(
+    moves: int | None,
+    specs: str | None,
+    levels: int,
+    shadow: bool,
+    tracking: str,
+    seed: int,
+    places: str | None,
+    live: bool,
+    json_file: Path | None,
+    host: str,
+    kernel: str | None,
+    modules: Path | None,
+) -> None:
+    """Migrate machines while their nested guests are at work.
+
+    --storm hands one machine to and fro between two processes of a host, beside a twin that stays.
+    --matrix saves machines on each kernel and loads them on each, in emulated hosts.
+
+    Exit status: 0 nothing diverged, 1 something did (in the table: a machine differs afterwards; a
+    refusal is an answer), 2 a host broke.
+    """
+    require_writable(json_file)
+    if (moves is None) == (specs is None):
+        raise click.UsageError("one of --storm and --matrix, please")
+    if specs is not None:
+        report = _matrix(specs, places, live)
+        verdict = _matrix_verdict(report["rows"])
+        show = _print_matrix
+    else:
+        assert moves is not None
+        choice = host_choice(host, kernel, modules)
+        with make_host(choice, log=_log) as where:
+            options = {"levels": levels, "npt": not shadow, "tracking": tracking, "seed": seed}
+            report = _storm(where, moves, options)
+        verdict = Verdict(report["verdict"])
+        show = _print_storm
+    if json_file is not None:
+        write_json(json_file, report)
+    if json_file is None or str(json_file) != "-":
+        show(report)
+    sys.exit(exit_status([verdict]))
+
+
+def _log(text: str) -> None:
+    click.echo(f"nsvm: {text}", err=True)
+
+
+# Storms
+
+
+def _storm(where: Any, moves: int, options: dict[str, Any]) -> dict[str, Any]:
+    session = where.start()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("moves", total=moves)
+
+        def on_event(event: Event) -> None:
+            if event["event"] == "emit" and event["kind"] == "moved":
+                progress.update(task, completed=event["data"]["number"])
+
+        result = session.call(
+            "harness.storm.calls:storm",
+            timeout_s=120 + _PER_MOVE_S * moves,
+            on_event=on_event,
+            moves=moves,
+            **options,
+        )
+    return {"host": where.describe(), **_outcome(result)}
+
+
+def _outcome(result: CallResult) -> dict[str, Any]:
+    said = splats(event["text"] for event in result.kmsg)
+    if result.outcome == "raise" and "ScenarioFailure" in result.error.get("bases", ()):
+        return {"verdict": "FAIL", "why": result.error["message"], "kernel_log": said}
+    report: dict[str, Any] = result.unwrap("the storm")
+    failed = report["divergences"] or said
+    return {"verdict": "FAIL" if failed else "PASS", **report, "kernel_log": said}
+
+
+def _print_storm(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    host = report["host"]
+    console.print(f"kernel       {host['kernel_release']}  ({host['kernel_origin']})")
+    console.print(f"host         {host['kind']}: {host['silicon']}")
+    for line in report["kernel_log"]:
+        console.print(f"kernel log   {line}", markup=False)
+    if "moves" in report:
+        paging = "nested" if report["nested_paging"] else "shadow"
+        console.print(
+            f"moves        {report['moves']} with L{report['levels']} at work, {paging} paging,"
+            f" dirty {report['tracking']}, {report['seconds']:.0f} s"
+        )
+        console.print(
+            f"stopped      {report['in_guest_mode']} times in guest mode,"
+            f" {report['run_pending']} of them between VMRUN and its entry"
+        )
+        console.print(f"steps        {report['steps']}, divergences {report['divergences']}")
+        for how in report["first_divergences"]:
+            console.print(f"  {how}", markup=False)
+        table = Table("", *report["downtime_s"], title=None)
+        table.add_row("downtime, ms", *(f"{1e3 * v:.1f}" for v in report["downtime_s"].values()))
+        table.add_row("KiB", *(f"{v / 1024:.0f}" for v in report["bytes"].values()))
+        console.print(table)
+    else:
+        console.print(report["why"], markup=False)
+    console.print(f"verdict      {report['verdict']}")
+
+
+# The table
+
+
+def _matrix(specs: str, places: str | None, live: bool) -> dict[str, Any]:
+    wanted = _chosen(places)
+    started = time.monotonic()
+    with kernels_matrix.Kernels([spec.strip() for spec in specs.split(",")], _log) as kernels:
+        rows = kernels_matrix.by_file(kernels, wanted, _tell)
+        if live:
+            rows += kernels_matrix.live(kernels, wanted, _tell)
+        return {
+            "kernels": {spec: kernels.release(spec) for spec in kernels.specs},
+            "hosts": kernels.describe(),
+            "places": {name: PLACES[name].what for name in wanted},
+            "rows": rows,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+
+
+def _chosen(places: str | None) -> list[str]:
+    names = [name.strip() for name in places.split(",")] if places else list(PLACES)
+    for name in names:
+        if name not in PLACES:
+            raise click.UsageError(f"no place is called {name}; there are {', '.join(PLACES)}")
+    return names
+
+
+def _tell(row: kernels_matrix.Row) -> None:
+    if row["verdict"] != "works":
+        way = f"{row['from']} -> {row.get('to', '-')}"
+        _log(f"{row['place']} {way} by {row['way']}: {row['verdict']}: {row['why']}")
+
+
+def _matrix_verdict(rows: Sequence[kernels_matrix.Row]) -> Verdict:
+    verdicts = {row["verdict"] for row in rows}
+    if verdicts - set(_MARKS):
+        return Verdict.ERROR
+    return Verdict.FAIL if "differs" in verdicts else Verdict.PASS
+
+
+def _print_matrix(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    specs = list(report["kernels"])
+    for way in dict.fromkeys(row["way"] for row in report["rows"]):
+        table = Table("place", "from \\ to", *specs, title=f"by {way}", title_justify="left")
+        for place, what in report["places"].items():
+            for source in specs:
+                marks = [_mark(report["rows"], way, place, source, target) for target in specs]
+                table.add_row(what if source == specs[0] else "", source, *marks)
+            table.add_section()
+        console.print(table)
+    reasons = dict.fromkeys(
+        f"{row['place']}, {row['from']} to {row.get('to', '-')} by {row['way']}: {row['why']}"
+        for row in report["rows"]
+        if row["verdict"] != "works"
+    )
+    for reason in reasons:
+        console.print(reason, markup=False)
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in kernels_matrix.verdicts(report["rows"]))
+    console.print(f"{counts} in {report['seconds']:.0f} s")
+
+
+def _mark(
+    rows: Sequence[kernels_matrix.Row], way: str, place: str, source: str, target: str
+) -> str:
+    key = (way, place, source, target)
+    for row in rows:
+        if (row["way"], row["place"], row["from"], row.get("to")) == key:
+            mark = str(_MARKS.get(row["verdict"], row["verdict"]))
+            return mark + (" *" if row.get("changed_count") else "")
+    return ""

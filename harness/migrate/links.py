@@ -1,0 +1,202 @@
+"""The way between two harnesses: bytes in both directions, and no wait without an end.
+
+A link is made of file descriptors, so that a socket, a pair of pipes or the standard streams of a
+child (`ssh HOST ...`) are all the same to those who talk over it. `connections` has ways to get
+one. A link serves one hand-over and is closed at its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from harness.migrate.errors import Cancelled, LinkLost
+
+_SLICE_S: Final = 0.05
+"""How long a wait sleeps before it looks whether it was cancelled."""
+
+_DEFAULT_STALL_S: Final = 30.0
+
+
+class Cancel:
+    """A wish, from any thread, that what waits shall give up."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """Wish it; for ever."""
+        self._event.set()
+
+    def check(self) -> None:
+        """Raise Cancelled, if it was wished."""
+        if self._event.is_set():
+            raise Cancelled("the migration was cancelled")
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep; raise Cancelled as soon as it is wished."""
+        self._event.wait(seconds)
+        self.check()
+
+
+class Link:
+    """One end. Reads and writes what there is; raises LinkLost where there is nothing any more."""
+
+    def __init__(
+        self,
+        read_fd: int,
+        write_fd: int,
+        name: str,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the descriptors, which may be one; they do not block from now on.
+
+        Args:
+            read_fd: where the other end's bytes come from.
+            write_fd: where ours go to.
+            name: what messages call the other end.
+            close: how to close them.
+
+        """
+        self.name = name
+        self.sent_bytes = 0
+        """Bytes that the kernel has taken. No other byte can ever arrive."""
+        self.received_bytes = 0
+        self._read_fd, self._write_fd = read_fd, write_fd
+        self._stack = contextlib.ExitStack()
+        self._stack.callback(close)
+        self._closed = False
+        for fd in {read_fd, write_fd}:
+            os.set_blocking(fd, False)
+        self._what = "talking"
+        self._stall_s = _DEFAULT_STALL_S
+        self._until: float | None = None
+        self._cancel: Cancel | None = None
+
+    @contextlib.contextmanager
+    def during(
+        self,
+        what: str,
+        *,
+        stall_s: float = _DEFAULT_STALL_S,
+        within_s: float | None = None,
+        cancel: Cancel | None = None,
+    ) -> Iterator[None]:
+        """Say what is going on, and how long it may take.
+
+        Args:
+            what: a phrase for messages: "waiting for the destination's READY".
+            stall_s: seconds in which at least one byte must move.
+            within_s: seconds for all of it, if given.
+            cancel: whose wish ends it.
+
+        """
+        before = self._what, self._stall_s, self._until, self._cancel
+        self._what, self._stall_s, self._cancel = what, stall_s, cancel
+        self._until = None if within_s is None else time.monotonic() + within_s
+        try:
+            yield
+        finally:
+            self._what, self._stall_s, self._until, self._cancel = before
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to so many bytes, at least one.
+
+        Raises LinkLost: the other end is gone, or silent for too long.
+        Raises Cancelled: somebody wished so.
+        """
+        deadline = self._deadline()
+        while True:
+            try:
+                data = os.read(self._fd(self._read_fd), size)
+            except BlockingIOError:
+                self._wait(self._read_fd, select.POLLIN, deadline)
+                continue
+            except OSError as e:
+                raise self.lost(os.strerror(e.errno or 0)) from e
+            if not data:
+                raise self.lost("the other end closed it")
+            self.received_bytes += len(data)
+            return data
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Send all of the bytes.
+
+        Raises LinkLost: the other end is gone, or takes nothing for too long.
+        Raises Cancelled: somebody wished so.
+        """
+        rest = memoryview(data)
+        deadline = self._deadline()
+        while rest:
+            if self._cancel is not None:
+                self._cancel.check()
+            try:
+                count = os.write(self._fd(self._write_fd), rest)
+            except BlockingIOError:
+                self._wait(self._write_fd, select.POLLOUT, deadline)
+                continue
+            except OSError as e:
+                raise self.lost(os.strerror(e.errno or 0)) from e
+            self.sent_bytes += count
+            rest = rest[count:]
+            deadline = self._deadline()
+
+    def has_input(self, within_s: float = 0.0) -> bool:
+        """Tell whether there is something to read now, the end included."""
+        poll = select.poll()
+        poll.register(self._fd(self._read_fd), select.POLLIN)
+        return bool(poll.poll(within_s * 1000))
+
+    def drain(self, within_s: float) -> None:
+        """Throw away what comes, until the other end closes.
+
+        A TCP socket that is closed with bytes unread takes back what it sent last.
+        """
+        with (
+            contextlib.suppress(LinkLost),
+            self.during("waiting for its end", within_s=within_s),
+        ):
+            while True:
+                self.read(1 << 20)
+
+    def close(self) -> None:
+        """Close it; a second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._stack.close()
+
+    def lost(self, why: str) -> LinkLost:
+        """Return the error for a link that is of no more use."""
+        return LinkLost(f"{self._what}: link to {self.name} lost: {why}")
+
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _fd(self, fd: int) -> int:
+        if self._closed:
+            raise self.lost("it is closed")
+        return fd
+
+    def _deadline(self) -> float:
+        stall = time.monotonic() + self._stall_s
+        return stall if self._until is None else self._until
+
+    def _wait(self, fd: int, event: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(fd, event)
+        while True:
+            if self._cancel is not None:
+                self._cancel.check()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self.lost("nothing moved in time")
+            if poll.poll(min(left, _SLICE_S) * 1000):
+                return

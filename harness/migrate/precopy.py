@@ -1,0 +1,146 @@
+"""Sending memory while the guest runs: all of it once, then again what was written meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from harness.machine.machine import Machine
+from harness.migrate.dirty import DirtyPages, DirtyTracker, Tracking, count, join
+from harness.migrate.links import Cancel, Link
+from harness.migrate.memory_image import not_zero, populated
+from harness.migrate.shape import backings_of
+from harness.migrate.stream import StreamWriter
+from harness.migrate.transfer import write_pages
+
+_PACE_BYTES: Final = 64 << 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a machine is sent."""
+
+    tracking: Tracking | None = None
+    """By default the one that the machine was made for."""
+    few_pages: int = 64
+    """As soon as so few are left, the machine is stopped for them."""
+    most_rounds: int = 30
+    """After so many it is stopped for whatever is left, `Sent.converged` being false."""
+    most_seconds: float = 60.0
+    """The same by time; a round that has begun is finished."""
+    bytes_per_s: float | None = None
+    """What the link may be used for while the machine runs; by default all it can."""
+    stall_s: float = 30.0
+    """The link is lost if no byte moves for so many seconds."""
+    welcome_s: float = 30.0
+    """How long the destination may take to make an empty VM."""
+    ready_s: float = 60.0
+    """How long it may take to restore the state, the machine being stopped."""
+    commit_s: float = 10.0
+    """How long handing over may take, after which nobody knows."""
+    pause_s: float = 10.0
+    """How long vCPUs may take to come out of KVM_RUN."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """All memory, or what was written during the round before."""
+
+    pages: int
+    size_bytes: int
+    """On the link, headers included."""
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.pages} pages, {self.size_bytes} bytes, {self.seconds:.3f} s"
+
+
+class PacedSink:
+    """Writes to a link, no faster than allowed; looks whether the destination refuses."""
+
+    def __init__(
+        self,
+        link: Link,
+        bytes_per_s: float | None,
+        cancel: Cancel,
+        on_input: Callable[[], None],
+    ) -> None:
+        self.bytes_per_s = bytes_per_s
+        self._link = link
+        self._cancel = cancel
+        self._on_input = on_input
+        self._free_at = time.monotonic()
+
+    def write(self, data: bytes | bytearray | memoryview, /) -> None:
+        """Take all of the bytes."""
+        if self._link.has_input():
+            self._on_input()
+        if self.bytes_per_s is None:
+            self._link.write(data)
+            return
+        whole = memoryview(data)
+        for at in range(0, len(whole), _PACE_BYTES):
+            piece = whole[at : at + _PACE_BYTES]
+            self._link.write(piece)
+            self._pace(len(piece) / self.bytes_per_s)
+
+    def _pace(self, seconds: float) -> None:
+        now = time.monotonic()
+        self._free_at = max(self._free_at, now) + seconds
+        self._cancel.sleep(self._free_at - now)
+
+
+class PreCopy:
+    """The rounds of one migration."""
+
+    def __init__(
+        self, machine: Machine, writer: StreamWriter, tracker: DirtyTracker, options: Options
+    ) -> None:
+        self.rounds: list[Round] = []
+        self.converged = False
+        """Whether so few pages were left as was asked for."""
+        self._writer = writer
+        self._tracker = tracker
+        self._options = options
+        self._backings = backings_of(machine)
+        self._left: DirtyPages = {}
+
+    def run(self) -> None:
+        """Send memory until few pages are left, or a limit is reached; the guest may run."""
+        until = time.monotonic() + self._options.most_seconds
+        self._round(self._send_all)
+        while True:
+            join(self._left, self._tracker.collect())
+            self.converged = count(self._left) <= self._options.few_pages
+            if self.converged or len(self.rounds) >= self._options.most_rounds:
+                return
+            if time.monotonic() >= until:
+                return
+            self._round(self._send_left)
+
+    def finish(self) -> None:
+        """Send the rest; the guest must not run any more."""
+        join(self._left, self._tracker.collect())
+        self._round(self._send_left)
+
+    def _round(self, send: Callable[[], int]) -> None:
+        started, before = time.monotonic(), self._writer.written_bytes
+        pages = send()
+        size = self._writer.written_bytes - before
+        self.rounds.append(Round(pages, size, time.monotonic() - started))
+
+    def _send_all(self) -> int:
+        """Send what is not zero: everything is at the destination, to begin with."""
+        return sum(
+            write_pages(self._writer, number, backing, not_zero(backing, populated(backing)))
+            for number, backing in enumerate(self._backings)
+        )
+
+    def _send_left(self) -> int:
+        left, self._left = self._left, {}
+        return sum(
+            write_pages(self._writer, number, self._backings[number], sorted(pages))
+            for number, pages in sorted(left.items())
+        )

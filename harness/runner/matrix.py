@@ -1,0 +1,187 @@
+"""Machines saved on one kernel and restored on another: who can, who refuses, what differs."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, Final
+
+from harness.errors import HostLost, NsvmError
+from harness.host.session import CallResult, Event, Host, Session
+from harness.probe.kmsg import splats
+from harness.runner.hosts import HostChoice, make_host
+from harness.storm.relay import EVENT
+
+SAVE_S: Final = 240.0
+"""How long one machine may take to come to its place and be saved, or to be loaded and live on."""
+
+_WORKERS: Final = 2
+
+Row = dict[str, Any]
+Tell = Callable[[Row], None]
+
+
+class Kernels:
+    """One host per kernel; a context manager that ends them."""
+
+    def __init__(self, specs: Sequence[str], log: Callable[[str], None]) -> None:
+        self.specs = list(specs)
+        self._log = log
+        self._stack = ExitStack()
+        self._hosts: dict[str, Host] = {}
+        self._sessions: dict[str, Session] = {}
+
+    def __enter__(self) -> Kernels:
+        with ExitStack() as stack:
+            for spec in self.specs:
+                self._hosts[spec] = stack.enter_context(
+                    make_host(HostChoice("emulated", spec, None), log=self._log)
+                )
+                self._sessions[spec] = self._hosts[spec].start()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def release(self, spec: str) -> str:
+        """Return the kernel's release."""
+        return str(self._hosts[spec].describe()["kernel_release"])
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Return the hosts' descriptions."""
+        return [host.describe() for host in self._hosts.values()]
+
+    def session(self, spec: str) -> Session:
+        """Return a kernel's session."""
+        return self._sessions[spec]
+
+    def restart(self, spec: str) -> None:
+        """Replace a host that was lost."""
+        self._sessions[spec] = self._hosts[spec].start()
+
+
+def by_file(kernels: Kernels, places: Sequence[str], tell: Tell) -> list[Row]:
+    """Save every place on every kernel, and load each on every kernel; return a row for each."""
+    saved: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: list[Row] = []
+    lock = threading.Lock()
+
+    def save(spec: str) -> None:
+        for place in places:
+            answer = _call(kernels, spec, "harness.storm.calls:depart_from", place=place)
+            with lock:
+                saved[spec, place] = answer
+            if "stream" not in answer:
+                record({"from": spec, "place": place, "way": "file", **answer})
+
+    def load(spec: str) -> None:
+        for source, place in itertools.product(kernels.specs, places):
+            given = saved[source, place]
+            if "stream" not in given:
+                continue
+            answer = _call(
+                kernels,
+                spec,
+                "harness.storm.calls:arrive_at",
+                stream=given["stream"],
+            )
+            head = {"from": source, "to": spec, "place": place, "way": "file"}
+            record({**head, "not_given": given["notes"], **answer})
+
+    def record(row: Row) -> None:
+        with lock:
+            rows.append(row)
+            tell(row)
+
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        for work in (save, load):
+            list(pool.map(work, kernels.specs))
+    order = {spec: number for number, spec in enumerate(kernels.specs)}
+    return sorted(rows, key=lambda row: (places.index(row["place"]), order[row["from"]],
+                                         order.get(row.get("to", ""), -1)))  # fmt: skip
+
+
+def live(kernels: Kernels, places: Sequence[str], tell: Tell) -> list[Row]:
+    """Send every place live from every kernel to every other one; return a row for each."""
+    rows = []
+    for place, (source, target) in itertools.product(
+        places, itertools.permutations(kernels.specs, 2)
+    ):
+        row = {"from": source, "to": target, "place": place, "way": "live"}
+        row |= _one_live(kernels, source, target, place)
+        rows.append(row)
+        tell(row)
+    return rows
+
+
+def _one_live(kernels: Kernels, source: str, target: str, place: str) -> Row:
+    ends = {source: kernels.session(source), target: kernels.session(target)}
+
+    def passing_on(to: Session) -> Callable[[Event], None]:
+        def pass_on(event: Event) -> None:
+            if event["event"] == "emit" and event["kind"] == EVENT:
+                to.send_input(event["data"]["data"] + "\n")
+
+        return pass_on
+
+    def send() -> Any:
+        return _answer(
+            ends[source].converse(
+                "harness.storm.calls:send_live",
+                timeout_s=SAVE_S,
+                on_event=passing_on(ends[target]),
+                place=place,
+            )
+        )
+
+    def receive() -> Any:
+        return _answer(
+            ends[target].converse(
+                "harness.storm.calls:receive_live",
+                timeout_s=SAVE_S,
+                on_event=passing_on(ends[source]),
+            )
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        receiving, sending = pool.submit(receive), pool.submit(send)
+        try:
+            got, sent = receiving.result(), sending.result()
+        except NsvmError as e:
+            # What of the two is lost is found out by the next call; both are replaced.
+            for spec in (source, target):
+                kernels.restart(spec)
+            return {"verdict": "host lost" if isinstance(e, HostLost) else "error", "why": str(e)}
+    if "notes" not in sent:
+        # A refusal is the destination's; of any other failure the source knows more.
+        return dict(got if got.get("verdict") == "refused" else sent)
+    given = {name: sent[name] for name in ("downtime_s", "size_bytes")}
+    return {**got, **given, "not_given": sent["notes"]}
+
+
+def _call(kernels: Kernels, spec: str, target: str, **arguments: Any) -> Row:
+    try:
+        return _answer(kernels.session(spec).call(target, timeout_s=SAVE_S, **arguments))
+    except HostLost as e:
+        kernels.restart(spec)
+        return {"verdict": "host lost", "why": str(e)}
+
+
+def _answer(result: CallResult) -> Row:
+    said = splats(event["text"] for event in result.kmsg)
+    row: Row = {"kernel_log": said} if said else {}
+    if result.outcome == "return":
+        return {**result.value, **row}
+    bases = result.error.get("bases", ())
+    why = result.error.get("message") or f"the call ended by {result.outcome}"
+    return {**row, "verdict": "differs" if "ScenarioFailure" in bases else "error", "why": why}
+
+
+def verdicts(rows: Sequence[Row]) -> Iterator[tuple[str, int]]:
+    """Yield every verdict with how often it was given."""
+    for verdict in dict.fromkeys(row["verdict"] for row in rows):
+        yield verdict, sum(row["verdict"] == verdict for row in rows)

@@ -1,0 +1,1 @@
+"""Machines at work that are moved again and again: between processes, kernels and hosts."""

@@ -1,0 +1,182 @@
+"""Plain machines through a stream and back, on this machine's KVM; none of this needs SVM."""
+
+import io
+import os
+import threading
+
+import pytest
+from forged_stream import Mutator, Raw, seal, take_apart
+
+from harness.errors import HarnessError
+from harness.machine.addresses import Gpa
+from harness.machine.guest_abi import HELLO_STATUS, HELLO_TEXT
+from harness.machine.hang import VcpuTimeout
+from harness.machine.loader import raw_image
+from harness.machine.machine import Machine
+from harness.machine.vcpu import PortOut
+from harness.migrate.difference import memory_differences, state_differences
+from harness.migrate.errors import Refused, StreamError
+from harness.migrate.inspect import compare, inspect_stream
+from harness.migrate.notes import Loss
+from harness.migrate.orders import DEFAULT, NAMED
+from harness.migrate.state import capture
+from harness.migrate.transfer import load, save
+
+pytestmark = pytest.mark.kvm
+
+MANGLED = 200
+COUNT_UP = bytes.fromhex("fec0 e680 ebfa")  # inc al / out 0x80, al / jmp: back to inc
+
+
+def saved(machine, sides=None):
+    stream = io.BytesIO()
+    save(machine, stream, sides)
+    return stream.getvalue()
+
+
+def left_behind():
+    with open("/proc/self/maps") as maps:
+        vcpus = sum("kvm-vcpu" in line for line in maps)
+    return len(os.listdir("/proc/self/fd")), vcpus, threading.active_count()
+
+
+def size_bytes():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[0]) * 4096
+
+
+@pytest.fixture
+def loop(kvm, images):
+    """Two vCPUs in the middle of what they do, in memory with something in every slot."""
+    with Machine(kvm, image=images("loop"), vcpus=2, memory_mib=64, irqchip=True) as machine:
+        machine.memory.write(Gpa(0x300FF0), b"over a page's end" * 4)
+        for vcpu in machine.vcpus:
+            with pytest.raises(VcpuTimeout):
+                vcpu.run(timeout_s=0.02)
+        yield machine
+
+
+@pytest.mark.parametrize("order", NAMED.values(), ids=NAMED)
+def test_a_loaded_machine_has_the_same_state_and_memory(kvm, loop, order):
+    stream = io.BytesIO()
+    done = save(loop, stream, {"mine": {"a": [1]}})
+    stream.seek(0)
+    loaded = load(kvm, stream, order=order)
+    with loaded.machine as machine:
+        assert loaded.sides == {"mine": {"a": [1]}}
+        assert loaded.state == done.state
+        assert [note for note in loaded.notes if note.loss is Loss.NOT_TAKEN] == []
+        assert state_differences(done.state, capture(machine)) == []
+        assert memory_differences(loop, machine) == []
+        assert machine.memory.read(Gpa(0x300FF0), 4) == b"over"
+
+
+def test_the_first_byte_that_differs_is_found(kvm, loop):
+    with load(kvm, io.BytesIO(saved(loop))).machine as machine:
+        machine.memory.write(Gpa(0x200008), b"\1")
+        regs = machine.vcpus[1].vcpu.get_regs()
+        regs.r15 = 77
+        machine.vcpus[1].vcpu.set_regs(regs)
+        [found] = memory_differences(loop, machine)
+        assert str(found) == "memory at 0x200008: 0x0, the other has 0x1"
+        [found] = state_differences(capture(loop), capture(machine))
+        assert str(found) == "vcpu1.regs.r15: 0x0, the other has 0x4d"
+
+
+def test_a_loaded_machine_goes_on(kvm, loop):
+    with load(kvm, io.BytesIO(saved(loop))).machine as machine:
+        for vcpu in machine.vcpus:
+            with pytest.raises(VcpuTimeout) as caught:
+                vcpu.run(timeout_s=0.02)
+            assert caught.value.hang.rip == loop.image.symbol("spin")
+
+
+@pytest.mark.parametrize("irqchip", [False, True])
+def test_a_machine_that_has_not_run_yet_runs_where_it_is_loaded(kvm, images, irqchip):
+    with Machine(kvm, image=images("hello"), memory_mib=4, irqchip=irqchip) as machine:
+        stream = saved(machine)
+    with load(kvm, io.BytesIO(stream)).machine as machine:
+        assert machine.vcpus[0].run_until_exit().status == HELLO_STATUS
+        assert machine.console == HELLO_TEXT
+
+
+def test_a_guest_that_is_moved_again_and_again_counts_on(kvm):
+    with Machine(kvm, image=raw_image(COUNT_UP, 0x8000), memory_mib=1) as machine:
+        first = machine.vcpus[0].run()
+        stream = saved(machine)
+    seen = [first.value]
+    for _ in range(5):
+        with load(kvm, io.BytesIO(stream)).machine as machine:
+            event = machine.vcpus[0].run()
+            assert isinstance(event, PortOut)
+            seen.append(event.value)
+            stream = saved(machine)
+    assert seen == list(range(seen[0], seen[0] + 6))
+
+
+def test_two_streams_of_one_machine_differ_in_time_only(kvm, loop):
+    one, other = (inspect_stream(io.BytesIO(saved(loop))) for _ in range(2))
+    assert compare(one, other).differences == ()
+
+
+def test_a_machine_without_vcpus_can_be_moved(kvm):
+    with Machine(kvm, vcpus=0, memory_mib=1) as machine:
+        stream = saved(machine, {"mine": 1})
+    with load(kvm, io.BytesIO(stream)).machine as machine:
+        assert machine.vcpus == []
+
+
+def test_an_order_that_leaves_a_part_out_is_refused(kvm, loop):
+    before = left_behind()
+    with pytest.raises(HarnessError, match="an order has each of cpuid"):
+        load(kvm, io.BytesIO(saved(loop)), order=DEFAULT[:-1])
+    assert left_behind() == before
+
+
+def test_what_kvm_refuses_is_named_with_its_part(kvm, loop):
+    stream = saved(loop)
+    sections = take_apart(stream)
+    vcpu = next(i for i, raw in enumerate(sections) if raw.tag == b"VCPU")
+    mp_state = sections[vcpu].body.index(b"\x08mp_state") + 13
+    body = bytearray(sections[vcpu].body)
+    body[mp_state : mp_state + 4] = b"\xff\xff\xff\x7f"
+    sections[vcpu] = Raw(b"VCPU", bytes(body))
+    before = left_behind()
+    with pytest.raises(Refused, match=r"vcpu 0: mp_state: KVM_SET_MP_STATE on vcpu fd: EINVAL"):
+        load(kvm, io.BytesIO(seal(sections)))
+    assert left_behind() == before
+
+
+def test_every_truncation_leaves_nothing_behind(kvm, loop):
+    stream = saved(loop)
+    before = left_behind()
+    for size in range(0, len(stream), len(stream) // 40):
+        with pytest.raises(StreamError, match="cut off"):
+            load(kvm, io.BytesIO(stream[:size]))
+        assert left_behind() == before
+
+
+def end_of_loading(kvm, stream):
+    """Load; return "loaded", or the class of the error, which has one line."""
+    error = None
+    try:
+        load(kvm, io.BytesIO(stream)).machine.close()
+    except (StreamError, Refused) as e:
+        error = e
+    if error is None:
+        return "loaded"
+    assert str(error).isprintable()
+    assert len(str(error)) < 400
+    return type(error)
+
+
+def test_mangled_streams_end_in_one_line_or_in_a_machine(kvm, loop):
+    stream = saved(loop, {"mine": [1]})
+    before, size = left_behind(), size_bytes()
+    ends = set()
+    for seed in range(MANGLED):
+        ends.add(end_of_loading(kvm, Mutator(stream, seed).mutated()))
+        assert left_behind() == before, f"seed {seed}"
+    # Each of the layers was reached, and not one of so many machines of 64 MiB is left.
+    assert ends == {StreamError, Refused, "loaded"}
+    assert size_bytes() - size < 64 << 20

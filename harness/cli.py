@@ -24,8 +24,10 @@ _COMMANDS = {
     "list": "the scenarios and their cases",
     "memory": "measure nested-state memory per vCPU",
     "migrate": "storms of migrations, and the table of kernels that take each other's machines",
+    "receive": "take a machine that `nsvm send` sends, and let it go on here",
     "run": "run scenarios on a host",
     "save": "save a machine with L2 or L3 running to a file",
+    "send": "send a machine live to another host, through ssh or a socket",
     "shell": "a Python prompt in a host: drive L1, L2, ... by hand",
 }
 

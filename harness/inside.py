@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import linecache
 import os
+import sys
 import traceback
 from types import ModuleType
 from typing import Any
@@ -42,6 +43,8 @@ def _load(module: str, source: str | None) -> ModuleType:
     if source is None:
         return importlib.import_module(module)
     loaded = ModuleType(module)
+    # Classes look their module up by its name: dataclasses does.
+    sys.modules[module] = loaded
     # Lines of a traceback are looked up by file name.
     linecache.cache[module] = (len(source), None, source.splitlines(keepends=True), module)
     exec(compile(source, module, "exec"), vars(loaded))

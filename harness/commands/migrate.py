@@ -15,6 +15,8 @@ from rich.table import Table
 
 from harness.commands.options import host_choice, host_options, require_writable, write_json
 from harness.host.session import CallResult, Event
+from harness.network.shape import LinkShape
+from harness.network.wire import best_shaper
 from harness.probe.kmsg import splats
 from harness.report.verdict import Verdict, exit_status
 from harness.runner import matrix as kernels_matrix
@@ -22,7 +24,7 @@ from harness.runner.hosts import make_host
 from harness.storm.places import PLACES
 
 _PER_MOVE_S = 30.0
-_MARKS = {"works": "works", "refused": "refused", "differs": "DIFFERS"}
+_MARKS = {"works": "works", "refused": "refused", "differs": "DIFFERS", "no twin": "no twin"}
 
 
 @click.command("migrate")
@@ -34,6 +36,7 @@ _MARKS = {"works": "works", "refused": "refused", "differs": "DIFFERS"}
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--places", metavar="PLACES", help="Of the table; by default all.")
 @click.option("--live", is_flag=True, help="The table: between two hosts that run, too.")
+@click.option("--link", metavar="LINK", help="With --live: as rate=10mbit,delay=20ms,loss=1%.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
 @host_options
 def command(
@@ -45,6 +48,7 @@ def command(
     seed: int,
     places: str | None,
     live: bool,
+    link: str | None,
     json_file: Path | None,
     host: str,
     kernel: str | None,
@@ -61,8 +65,11 @@ def command(
     require_writable(json_file)
     if (moves is None) == (specs is None):
         raise click.UsageError("one of --storm and --matrix, please")
+    if link is not None and (specs is None or not live):
+        raise click.UsageError("--link goes with --matrix and --live")
+    shape = None if link is None else LinkShape.parse(link)
     if specs is not None:
-        report = _matrix(specs, places, live)
+        report = _matrix(specs, places, live, shape)
         verdict = _matrix_verdict(report["rows"])
         show = _print_matrix
     else:
@@ -148,18 +155,20 @@ def _print_storm(report: dict[str, Any]) -> None:
 # The table
 
 
-def _matrix(specs: str, places: str | None, live: bool) -> dict[str, Any]:
+def _matrix(specs: str, places: str | None, live: bool, link: LinkShape | None) -> dict[str, Any]:
     wanted = _chosen(places)
+    how = None if link is None else {"shape": str(link), "shaper": best_shaper().value}
     started = time.monotonic()
     with kernels_matrix.Kernels([spec.strip() for spec in specs.split(",")], _log) as kernels:
         rows = kernels_matrix.by_file(kernels, wanted, _tell)
         if live:
-            rows += kernels_matrix.live(kernels, wanted, _tell)
+            rows += kernels_matrix.live(kernels, wanted, _tell, link)
         return {
             "kernels": {spec: kernels.release(spec) for spec in kernels.specs},
             "hosts": kernels.describe(),
             "places": {name: PLACES[name].what for name in wanted},
             "rows": rows,
+            "link": how,
             "seconds": round(time.monotonic() - started, 1),
         }
 
@@ -174,8 +183,7 @@ def _chosen(places: str | None) -> list[str]:
 
 def _tell(row: kernels_matrix.Row) -> None:
     if row["verdict"] != "works":
-        way = f"{row['from']} -> {row.get('to', '-')}"
-        _log(f"{row['place']} {way} by {row['way']}: {row['verdict']}: {row['why']}")
+        _log(_said(row))
 
 
 def _matrix_verdict(rows: Sequence[kernels_matrix.Row]) -> Verdict:
@@ -196,15 +204,21 @@ def _print_matrix(report: dict[str, Any]) -> None:
                 table.add_row(what if source == specs[0] else "", source, *marks)
             table.add_section()
         console.print(table)
-    reasons = dict.fromkeys(
-        f"{row['place']}, {row['from']} to {row.get('to', '-')} by {row['way']}: {row['why']}"
-        for row in report["rows"]
-        if row["verdict"] != "works"
-    )
-    for reason in reasons:
-        console.print(reason, markup=False)
+    for row in report["rows"]:
+        if row["verdict"] != "works":
+            console.print(_said(row), markup=False, soft_wrap=True)
     counts = ", ".join(f"{n} {verdict}" for verdict, n in kernels_matrix.verdicts(report["rows"]))
     console.print(f"{counts} in {report['seconds']:.0f} s")
+    if report["link"] is not None:
+        console.print(
+            f"live over {report['link']['shape']}, by {report['link']['shaper']}", soft_wrap=True
+        )
+
+
+def _said(row: kernels_matrix.Row) -> str:
+    """Return a row in words; of the reason its first line, all of it is in the JSON."""
+    way = f"{row['from']} to {row.get('to', '-')} by {row['way']}"
+    return f"{row['place']}, {way}: {row['verdict']}: {row['why'].partition(chr(10))[0]}"
 
 
 def _mark(

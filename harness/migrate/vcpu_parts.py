@@ -7,7 +7,7 @@ In guest mode these ioctls speak of L2, and only the nested state has what L1 go
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -194,10 +194,14 @@ def _write_msrs(target: Target, data: bytes) -> None:
         values = values[taken + 1 :]
 
 
+_AFTER_RESET: Final[Mapping[int, int]] = {Msr.MSR_AMD64_TSC_RATIO: 1 << 32}
+"""What is not 0 after reset."""
+
+
 def _note_refused_msr(target: Target, index: int, value: int) -> None:
     now = target.vcpu.get_msrs([index], skip_refused=True).get(index)
-    # One that this kernel does not know holds no more than one that is 0.
-    if (now or 0) == value:
+    # One that this kernel does not know holds what it has after reset.
+    if value == (_AFTER_RESET.get(index, 0) if now is None else now):
         return
     why = f"KVM_SET_MSRS refuses {value:#x}, " + (
         "and KVM_GET_MSRS does not know it" if now is None else f"it stays {now:#x}"

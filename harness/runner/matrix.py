@@ -6,11 +6,14 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Final
 
 from harness.errors import HostLost, NsvmError
 from harness.host.session import CallResult, Event, Host, Session
+from harness.network.relay import Relay
+from harness.network.shape import LinkShape
+from harness.network.wire import Wire, wire
 from harness.probe.kmsg import splats
 from harness.runner.hosts import HostChoice, make_host
 from harness.storm.relay import EVENT
@@ -19,6 +22,9 @@ SAVE_S: Final = 240.0
 """How long one machine may take to come to its place and be saved, or to be loaded and live on."""
 
 _WORKERS: Final = 2
+
+_VERDICTS: Final = {"NoTwin": "no twin", "ScenarioFailure": "differs"}
+"""By the exception that ended a call, the closest first."""
 
 Row = dict[str, Any]
 Tell = Callable[[Row], None]
@@ -105,45 +111,78 @@ def by_file(kernels: Kernels, places: Sequence[str], tell: Tell) -> list[Row]:
                                          order.get(row.get("to", ""), -1)))  # fmt: skip
 
 
-def live(kernels: Kernels, places: Sequence[str], tell: Tell) -> list[Row]:
-    """Send every place live from every kernel to every other one; return a row for each."""
+def live(
+    kernels: Kernels, places: Sequence[str], tell: Tell, link: LinkShape | None = None
+) -> list[Row]:
+    """Send every place live from every kernel to every other one; return a row for each.
+
+    With `link`, what the two say to each other goes over a TCP connection shaped like that.
+    """
     rows = []
-    for place, (source, target) in itertools.product(
-        places, itertools.permutations(kernels.specs, 2)
-    ):
-        row = {"from": source, "to": target, "place": place, "way": "live"}
-        row |= _one_live(kernels, source, target, place)
-        rows.append(row)
-        tell(row)
+    with nullcontext() if link is None else wire(link) as between:
+        for place, (source, target) in itertools.product(
+            places, itertools.permutations(kernels.specs, 2)
+        ):
+            row = {"from": source, "to": target, "place": place, "way": "live"}
+            row |= _one_live(kernels, source, target, place, between)
+            rows.append(row)
+            tell(row)
     return rows
 
 
-def _one_live(kernels: Kernels, source: str, target: str, place: str) -> Row:
+def _one_live(kernels: Kernels, source: str, target: str, place: str, between: Wire | None) -> Row:
     ends = {source: kernels.session(source), target: kernels.session(target)}
+    with _relaying(between, ends[source], ends[target]) as (from_source, from_target):
+        return _hand_over(kernels, source, target, place, from_source, from_target)
 
-    def passing_on(to: Session) -> Callable[[Event], None]:
+
+@contextmanager
+def _relaying(
+    between: Wire | None, source: Session, target: Session
+) -> Iterator[tuple[Callable[[Event], None], Callable[[Event], None]]]:
+    """Give two functions that pass on what the source, and what the target, gives out."""
+
+    def put(to: Session) -> Callable[[str], None]:
+        return lambda line: to.send_input(line + "\n")
+
+    def passing_on(take: Callable[[str], None]) -> Callable[[Event], None]:
         def pass_on(event: Event) -> None:
             if event["event"] == "emit" and event["kind"] == EVENT:
-                to.send_input(event["data"]["data"] + "\n")
+                take(event["data"]["data"])
 
         return pass_on
 
+    if between is None:
+        yield passing_on(put(target)), passing_on(put(source))
+        return
+    with Relay(between, put(source), put(target)) as relay:
+        yield passing_on(relay.from_one), passing_on(relay.from_other)
+
+
+def _hand_over(
+    kernels: Kernels,
+    source: str,
+    target: str,
+    place: str,
+    from_source: Callable[[Event], None],
+    from_target: Callable[[Event], None],
+) -> Row:
     def send() -> Any:
         return _answer(
-            ends[source].converse(
+            kernels.session(source).converse(
                 "harness.storm.calls:send_live",
                 timeout_s=SAVE_S,
-                on_event=passing_on(ends[target]),
+                on_event=from_source,
                 place=place,
             )
         )
 
     def receive() -> Any:
         return _answer(
-            ends[target].converse(
+            kernels.session(target).converse(
                 "harness.storm.calls:receive_live",
                 timeout_s=SAVE_S,
-                on_event=passing_on(ends[source]),
+                on_event=from_target,
             )
         )
 
@@ -178,7 +217,8 @@ def _answer(result: CallResult) -> Row:
         return {**result.value, **row}
     bases = result.error.get("bases", ())
     why = result.error.get("message") or f"the call ended by {result.outcome}"
-    return {**row, "verdict": "differs" if "ScenarioFailure" in bases else "error", "why": why}
+    verdict = next((said for name, said in _VERDICTS.items() if name in bases), "error")
+    return {**row, "verdict": verdict, "why": why}
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[tuple[str, int]]:

@@ -24,6 +24,8 @@ from kvm_ioctl.linux_kvm import GuestDebug, MpState
 STOP_PORT: Final = 0x99
 """A port of nobody; code that writes to it can be stopped there."""
 
+RFLAGS_IF: Final = 1 << 9
+
 _MOST_STEPS: Final = 2000
 _HALT_S: Final = 20.0
 _POLL_S: Final = 0.02
@@ -81,13 +83,16 @@ def vmrun_only(level: GuestLevel) -> None:
     Asked for an interrupt window, KVM_RUN comes back as soon as interrupts are possible: for L1
     with IF=0 they first are when VMRUN was emulated, and hardware has not entered the guest by
     then (vcpu_run(), svm_interrupt_allowed()). Single steps do not stop there on 7.3,
-    where VMRUN does not end in kvm_skip_emulated_instruction(). Go on with `level.go_on()`.
+    where VMRUN does not end in kvm_skip_emulated_instruction(). The level's
+    RFLAGS.IF is 1 from then on. Go on with `level.go_on()`.
 
     Raises ScenarioFailure: KVM_STATE_NESTED_RUN_PENDING was not seen, or there is no exit.
     """
     exit_, level.exit = level.exit, None
     if exit_ is None:
         raise ScenarioFailure(f"{level.name} has no exit to resume from")
+    # With IF=0 the window does not open for L2 either (svm_interrupt_blocked()).
+    exit_.vmcb["rflags"] |= RFLAGS_IF
     exit_.host.make_current()
     exit_.host.submit_entry(exit_.guest)
     machine, runner = level.cpu.machine, level.cpu.runner

@@ -21,19 +21,23 @@ from harness.proxy.level import Level
 from harness.proxy.machine import ProxyMachine
 from harness.proxy.ops import Op
 from harness.proxy.paging import PAGE
-from harness.proxy.program import atomic_add, load, loop, store
+from harness.proxy.program import atomic_add, fill, load, loop, store
 from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
 from harness.scenarios.twins import Log, Stop, expect_twins
 
 RING_BYTES: Final = 4096
-"""256 entries, the shortest that KVM takes: it is full soon."""
+"""256 entries, the shortest that KVM takes; 64 of them KVM keeps for itself."""
+MANY_PAGES: Final = 320
+"""Pages that do not go into a ring."""
 
 PAGES: Final = 12
 """Pages that a loop writes."""
 OPERATIONS: Final = 3_000_000
 """Of a loop: seconds, in which it is moved a few times."""
 TIMEOUT_S: Final = 60.0
+FILLED_BYTES_PER_S: Final = 4 << 20
+"""So slow that rings fill up meanwhile."""
 
 CONVERGES: Final = Options(few_pages=256)
 DOES_NOT: Final = Options(few_pages=0, most_rounds=4)
@@ -127,6 +131,31 @@ def test_live_migration_by_dirty_rings(context: Context, guest: str) -> None:
     live = _expect_twins(context, guest, CONVERGES, dirty_ring_bytes=RING_BYTES)
     context.expect("every migration converged", all(live.converged), True)
     context.note("KVM_EXIT_DIRTY_RING_FULL", answered=live.rings_full)
+
+
+def _fills(machine: ProxyMachine, log: Log, guest: str) -> Iterator[Stop]:
+    """Have a guest write more pages than a ring has room for, again and again."""
+    level = _GUESTS[guest](machine)
+    at = machine.pages.take(MANY_PAGES * PAGE)
+    body = [fill(at, value, MANY_PAGES * PAGE) for value in (1, 2, 3)]
+    thread = machine.in_thread(level, lambda level: level.run(loop(60, body), timeout_s=TIMEOUT_S))
+    yield thread
+    log("the loop", thread.join(TIMEOUT_S))
+    log("what it wrote", machine.memory.read(at, MANY_PAGES * PAGE))
+
+
+@scenario(
+    needs=[nested_svm, dirty_rings],
+    axes={"guest": ("l1", "l2_npt", "l2_shadow")},
+    levels=2,
+    timeout_s=TIMEOUT_S,
+)
+def test_live_migration_with_full_dirty_rings(context: Context, guest: str) -> None:
+    """A dirty ring that is full stops the guest until it is emptied, and no page is lost."""
+    live = _Live(context, Options(few_pages=MANY_PAGES * 2, bytes_per_s=FILLED_BYTES_PER_S))
+    journey = partial(_fills, guest=guest)
+    expect_twins(context, journey, mover=live, dirty_ring_bytes=RING_BYTES)
+    context.expect("KVM_EXIT_DIRTY_RING_FULL was seen", live.rings_full > 0, True)
 
 
 @scenario(needs=[nested_svm], axes={"guest": ("l2_npt", "l3")}, levels=3, timeout_s=TIMEOUT_S)

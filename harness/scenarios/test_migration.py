@@ -15,8 +15,8 @@ from harness.proxy.machine import ProxyMachine
 from harness.proxy.ops import instruction
 from harness.proxy.paging import PAGE
 from harness.proxy.program import (
+    GP,
     NMI,
-    UD,
     atomic_add,
     cpuid,
     inb,
@@ -204,13 +204,14 @@ def test_migrate_everywhere(context: Context, npt: bool, level: int) -> None:
 
 
 def _faults(machine: ProxyMachine, log: Log) -> Trip:
-    l2 = machine.l1.launch(vmcb={f"intercept.excp.{UD}": 1})
+    l2 = machine.l1.launch(vmcb={f"intercept.excp.{GP}": 1})
     missing = l2.scratch + PAGE
     l2.tables.unmap(missing)
     log("own #PF", l2.run([load(missing), read_cr(2)]))
     yield
-    exit_ = l2.run_to_exit([simple("UD2"), store(l2.scratch, 1)])
-    log("#UD", exit_)
+    # Not #UD, which would have KVM emulate, see `migrate_emulates`.
+    exit_ = l2.run_to_exit([instruction("MOV_DS")(rax=0xF8), store(l2.scratch, 1)])
+    log("#GP", exit_)
     exit_.skip(2)
     log("and on", l2.finish())
 
@@ -245,9 +246,9 @@ def _interrupts(machine: ProxyMachine, log: Log) -> Trip:
     l1 = machine.l1
     Apic(l1).enable()
     l2 = l1.launch(vmcb={"intercept.intr": 1})
-    l2.ping()
+    l2.run(simple("STI"))
     machine.interrupt(0x42)
-    exit_ = l2.run_to_exit(simple("STI_NOP_CLI"))
+    exit_ = l2.run_to_exit(simple("CLI"))
     log("INTR", exit_)
     log("L1", l1.run(simple("STI_NOP_CLI")))
     log("counted", l1.counted(0x42))

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Final
 
+from harness.errors import ScenarioFailure
 from harness.facts import nested_svm, smm
 from harness.proxy.level import Level
+from harness.proxy.machine import ProxyMachine
 from harness.proxy.ops import Op
 from harness.proxy.ops import instruction as line_of
 from harness.proxy.program import GP, UD, wrmsr
@@ -21,6 +23,9 @@ from harness.scenarios.l2 import expect_fault, gif_of, proxy_machine
 from harness.scenarios.test_instruction_modes import ALL, UNKNOWN_HYPERCALL
 from harness.scenarios.test_instructions import WITH_VMCB
 from harness.svm.msrs import Efer, Msr
+from harness.svm.vmcb import VMCB_SAVE_OFFSET, vmcb_save_area
+from kvm_ioctl.asm_kvm import RunFlags
+from kvm_ioctl.linux_kvm import GuestDebug
 
 HANG_S = 5.0
 LEVELS: Final = (1, 2)
@@ -80,6 +85,8 @@ def test_svm_instruction_in_smm(context: Context, level: int, svme: int, instruc
     if svme:
         # CLGI leaves SMM by itself: GIF is in no save area.
         handler.do(line_of("STGI")())
+    # With SVME set, RSM is the subject of the scenario below.
+    _set_svme(handler, 0)
     context.expect("level after RSM", handler.rsm().name, interrupted.name, str)
     context.expect("EFER after RSM", Efer(interrupted.rdmsr(Msr.MSR_EFER)), efer)
     context.expect("L1 alive", machine.l1.ping(), True)
@@ -88,18 +95,68 @@ def test_svm_instruction_in_smm(context: Context, level: int, svme: int, instruc
 
 @scenario(needs=[nested_svm, smm], axes={"level": LEVELS}, levels=2)
 def test_svme_does_not_survive_into_smm(context: Context, level: int) -> None:
-    """In SMM EFER.SVME is 0, and after RSM it is what it was, whatever the handler wrote."""
+    """In SMM EFER.SVME is 0, time and again, and after RSM it is what it was."""
     machine = proxy_machine(context, smm=True, timeout_s=HANG_S)
     machine.l1.enable_svm()
     interrupted = machine.level(level, npt=False)
     interrupted.ping()
-    for svme in (0, 1, 0):
+    for _ in range(3):
         handler = machine.inject_smi()
         context.expect("SVME in SMM", Efer(handler.rdmsr(Msr.MSR_EFER)).SVME, 0)
-        _set_svme(handler, svme)
         context.expect("level after RSM", handler.rsm().name, interrupted.name, str)
         context.expect("SVME after RSM", Efer(interrupted.rdmsr(Msr.MSR_EFER)).SVME, 1)
     context.expect("L1 alive", machine.l1.ping(), True)
+
+
+@scenario(needs=[nested_svm, smm], axes={"level": LEVELS}, levels=2)
+def test_rsm_of_a_handler_with_svme_set(context: Context, level: int) -> None:
+    """RSM of a handler that set EFER.SVME comes back to L1 and to L2, which go on."""
+    machine = proxy_machine(context, smm=True, timeout_s=HANG_S)
+    machine.l1.enable_svm()
+    interrupted = machine.level(level, npt=False)
+    interrupted.ping()
+    handler = machine.inject_smi()
+    _set_svme(handler, 1)
+    if level == 2:
+        # By single steps, and looked at before L2 runs: a KVM that lost L1's state has lost its
+        # own intercepts with it, and L2 would take the host down.
+        _step_over_rsm(handler)
+        kept, wanted = _kept_cr3(machine), int(machine.l1.tables.root)
+        context.expect("CR3 that KVM keeps for L1", kept, wanted, hex)
+        machine.cpus[0].wait_report(HANG_S)
+    else:
+        handler.rsm()
+    context.expect("SVME after RSM", Efer(interrupted.rdmsr(Msr.MSR_EFER)).SVME, 1)
+    context.expect("L1 alive", machine.l1.ping(), True)
+    context.expect("L2 answers", machine.level(2, npt=False).ping(), True)
+
+
+_MOST_STEPS: Final = 20_000
+"""Far more than a proxy executes for one operation."""
+
+
+def _step_over_rsm(handler: SmmLevel) -> None:
+    """Let the handler execute RSM and stop before the instruction that follows.
+
+    Raises ScenarioFailure: the vCPU does not leave SMM.
+    """
+    handler.instance.send([line_of("RSM")()])
+    runner = handler.cpu.runner
+    on = GuestDebug.KVM_GUESTDBG_ENABLE | GuestDebug.KVM_GUESTDBG_SINGLESTEP
+    runner.vcpu.set_guest_debug(on)
+    for _ in range(_MOST_STEPS):
+        runner.step(HANG_S)
+        if not runner.vcpu.run.flags & RunFlags.KVM_RUN_X86_SMM:
+            runner.vcpu.set_guest_debug(0)
+            return
+    raise ScenarioFailure(f"still in SMM after {_MOST_STEPS} steps")
+
+
+def _kept_cr3(machine: ProxyMachine) -> int:
+    """Return L1's CR3 in the nested state, whose save area is that of L1."""
+    blob = bytes(machine.vcpus[0].vcpu.get_nested_state().data)
+    at = VMCB_SAVE_OFFSET + vmcb_save_area.cr3.offset
+    return int.from_bytes(blob[at : at + 8], "little")
 
 
 @scenario(needs=[nested_svm, smm], axes={"level": LEVELS}, levels=2)

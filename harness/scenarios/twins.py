@@ -45,7 +45,7 @@ from harness.scenarios.l2 import TIMEOUT_S, proxy_machine
 MEMORY_MIB: Final = 16
 """What a machine of a few levels needs; moving more takes longer."""
 
-MOST_MOVES: Final = 20
+MOST_MOVES: Final = 12
 """While a thread runs; after so many it may run to its end in peace."""
 
 _SHOWN: Final = 12

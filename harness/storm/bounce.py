@@ -34,6 +34,7 @@ from harness.migrate.state import MachineState, capture
 from harness.proxy.checkpoint import remember, resume
 from harness.proxy.machine import ProxyMachine
 from harness.storm.workload import MEMORY_MIB, TIMEOUT_S, Cut, Kind, Workload
+from kvm_ioctl.asm_kvm import NestedStateFlags, kvm_nested_state
 from kvm_ioctl.handles import Kvm
 
 SILENCE_S: Final = 120.0
@@ -163,6 +164,12 @@ def distribution(values: list[float]) -> dict[str, float]:
     return {name: round(value, 6) for name, value in {**named, "max": max(values)}.items()}
 
 
+def _nested_flags(state: MachineState) -> NestedStateFlags:
+    """Return the flags of vCPU 0's nested state; none where KVM has no such state."""
+    data = state.vcpus[0].get("nested")
+    return NestedStateFlags(kvm_nested_state.from_bytes(data).flags if data else 0)
+
+
 class _Children:
     """The two processes; a context manager that ends them."""
 
@@ -272,15 +279,15 @@ class _Process:
         )
         sent.abandon()
         machine.close()
-        flags = int.from_bytes(sent.state.vcpus[0]["nested"][:2], "little")
+        flags = _nested_flags(sent.state)
         self._report(
             move={
                 "downtime_s": sent.downtime_s,
                 "bytes": sent.size_bytes,
                 "rounds": len(sent.rounds),
                 "in_mid_step": int(workload.state["under_way"]),
-                "in_guest_mode": flags & 1,
-                "run_pending": flags >> 1 & 1,
+                "in_guest_mode": int(NestedStateFlags.KVM_STATE_NESTED_GUEST_MODE in flags),
+                "run_pending": int(NestedStateFlags.KVM_STATE_NESTED_RUN_PENDING in flags),
             }
         )
 

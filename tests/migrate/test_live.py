@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +34,10 @@ from harness.migrate.state import capture
 
 pytestmark = pytest.mark.kvm
 
-RING_BYTES = 4096
+RING_BYTES = 1 << 20
+"""Never full in the time of a test: this software KVM logs every write, and after a ring that was
+full to its last entry it reports nothing but that. Scenarios have shorter ones, on a real KVM."""
+WRITTEN = range(0x40000, 0x60000, 0x1000)
 DESTINATION = Path(__file__).with_name("live_destination.py")
 
 
@@ -68,7 +72,9 @@ def test_who_uses_the_machine_goes_on_with_the_one_that_arrived(guest):
 
 
 def test_what_was_sent_is_counted(guest):
-    handed = hand_over(guest.machine, options=Options(few_pages=0, most_rounds=3))
+    handed = hand_over(
+        guest.machine, options=Options(few_pages=0, most_rounds=3, bytes_per_s=100_000)
+    )
     sent = handed.sent
     handed.go_on()
     assert len(sent.rounds) == 3
@@ -91,11 +97,12 @@ def test_it_converges_when_few_enough_pages_are_left(guest):
 
 
 def test_time_is_a_limit_too(guest):
-    options = Options(few_pages=0, most_rounds=10_000_000, most_seconds=0.3)
+    started = time.monotonic()
+    options = Options(few_pages=0, most_rounds=1_000_000, most_seconds=0.3, bytes_per_s=100_000)
     handed = hand_over(guest.machine, options=options)
     handed.go_on()
     assert not handed.sent.converged
-    assert sum(done.seconds for done in handed.sent.rounds) >= 0.3 * 0.9
+    assert time.monotonic() - started >= 0.3
 
 
 def test_the_bandwidth_can_be_limited(guest):
@@ -167,7 +174,7 @@ def test_memory_written_through_python_meanwhile_arrives(kvm):
             number = 0
             while not stop.is_set():
                 number += 1
-                for at in range(0x40000, 0x60000, 0x1000):
+                for at in WRITTEN:
                     guest.machine.memory.write_int(Gpa(at), 8, number)
 
         writer = threading.Thread(target=write)
@@ -180,9 +187,7 @@ def test_memory_written_through_python_meanwhile_arrives(kvm):
         finally:
             stop.set()
             writer.join()
-        numbers = {
-            guest.machine.memory.read_int(Gpa(at), 8) for at in range(0x40000, 0x60000, 0x1000)
-        }
+        numbers = {guest.machine.memory.read_int(Gpa(at), 8) for at in WRITTEN}
         assert len(numbers) == 1
 
 

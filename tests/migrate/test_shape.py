@@ -100,12 +100,12 @@ def left_behind():
     ],
 )
 def test_what_this_kernel_cannot_have_is_refused_and_nothing_stays(kvm, changes, line):
-    good = {"backings": (64 << 20,), "slots": (SlotShape(0, 0, 0, 0, 0),), "vcpus": 1,
+    good = {"backings": (512 << 20,), "slots": (SlotShape(0, 0, 0, 0, 0),), "vcpus": 1,
             "irqchip": True}  # fmt: skip
     before = left_behind()
     with pytest.raises(Refused, match=line):
         BlankMachine(kvm, Shape(**{**good, **changes}))
     fds, vcpus, pages = left_behind()
     assert (fds, vcpus) == before[:2]
-    # The interpreter's own memory comes and goes, but not by half of the machine's.
-    assert (pages - before[2]) * PAGE < 32 << 20
+    # A new thread alone makes glibc reserve 64 MiB; the machine's memory is far more.
+    assert (pages - before[2]) * PAGE < 256 << 20

@@ -28,14 +28,14 @@ _STOP_S = 10.0
 
 
 class CSide:
-    """A process of ioctl_loops.c; a context manager."""
+    """A process of ioctl_loops.c, or of another one that answers lines; a context manager."""
 
-    def __init__(self, executable: bytes) -> None:
-        memory = os.memfd_create("ioctl_loops", os.MFD_CLOEXEC)
+    def __init__(self, executable: bytes, name: str = "ioctl_loops") -> None:
+        memory = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.write(memory, executable)
             self._process = subprocess.Popen(
-                ["ioctl_loops"],
+                [name],
                 executable=f"/proc/self/fd/{memory}",
                 pass_fds=(memory,),
                 stdin=subprocess.PIPE,
@@ -71,17 +71,25 @@ class CSide:
         Raises:
             HostError: the kernel refused something, or no answer came.
         """
-        request = f"{loop} {count} {','.join(parts) or '-'}\n"
+        answer = self.ask(loop, f"{loop} {count} {','.join(parts) or '-'}")
+        done, witness, ns = map(int, answer.split())
+        return Work(done, witness, ns / 1e9)
+
+    def ask(self, what: str, request: str) -> str:
+        """Have a line answered; `what` is how messages call it.
+
+        Raises:
+            HostError: the kernel refused something, or no answer came.
+        """
         try:
-            self._stdin.write(request.encode())
+            self._stdin.write(f"{request}\n".encode())
             self._stdin.flush()
         except BrokenPipeError as e:
-            raise HostError(f"the C side of {loop} is gone") from e
-        verdict, _, rest = self._answer(loop).partition(" ")
+            raise HostError(f"the C side of {what} is gone") from e
+        verdict, _, rest = self._answer(what).partition(" ")
         if verdict != "ok":
-            raise HostError(f"the C side of {loop}: {rest}")
-        done, witness, ns = map(int, rest.split())
-        return Work(done, witness, ns / 1e9)
+            raise HostError(f"the C side of {what}: {rest}")
+        return rest
 
     def _answer(self, loop: str) -> str:
         fd, deadline = self._stdout.fileno(), time.monotonic() + ANSWER_S

@@ -18,7 +18,7 @@ from harness.errors import NsvmError
 from harness.network.wire import Wire
 
 STALL_S: Final = 60.0
-"""So long nothing may move while something is to be sent, then the connection is lost."""
+"""After so many seconds without a sign from the other end, the connection is lost."""
 
 _PIECE: Final = 32 << 10
 _END_S: Final = 10.0
@@ -59,14 +59,25 @@ class Relay:
             end.close()
 
 
+def _options() -> list[tuple[tuple[int, int], int]]:
+    """Return socket options with which a partition ends a connection, whoever waits for what."""
+    tcp, probe_s = socket.IPPROTO_TCP, max(1, int(STALL_S / 4))
+    return [
+        ((tcp, socket.TCP_NODELAY), 1),
+        ((tcp, socket.TCP_USER_TIMEOUT), int(STALL_S * 1e3)),
+        ((socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1),
+        ((tcp, socket.TCP_KEEPIDLE), probe_s),
+        ((tcp, socket.TCP_KEEPINTVL), probe_s),
+    ]
+
+
 class _End:
     """One socket, and the host that uses it."""
 
     def __init__(self, connected: socket.socket, deliver: Deliver) -> None:
         connected.settimeout(None)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A partition breaks the connection for whoever only waits, too.
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STALL_S * 1e3))
+        for option, value in _options():
+            connected.setsockopt(*option, value)
         self._socket = connected
         self._deliver = deliver
         self._thread = threading.Thread(target=self._give, name="relay", daemon=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Final
 
 from harness.errors import NsvmError
@@ -85,7 +86,7 @@ def resume(other: Machine, data: Any) -> ProxyMachine:
 
     Raises CheckpointError: malformed, or of another build of the proxy.
     """
-    image = read_image(load_image("proxy"))
+    image = _proxy_image()
     if not isinstance(data, dict) or not isinstance(data.get("machine"), dict):
         raise CheckpointError("proxies: malformed")
     if data.get("image") != _digest(image):
@@ -103,6 +104,11 @@ def resume(other: Machine, data: Any) -> ProxyMachine:
     for name, value in values.items():
         setattr(machine, name, value)
     return machine
+
+
+@cache
+def _proxy_image() -> Image:
+    return read_image(load_image("proxy"))
 
 
 def _digest(image: Image) -> str:

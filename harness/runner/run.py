@@ -81,8 +81,7 @@ class Run:
                 f"{self.jobs} jobs: on a local host, cases run one after the other; they share its"
                 " kernel log and its memory"
             )
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        self.directory = options.directory or Path("results") / stamp
+        self.directory = options.directory or _own_directory()
         #: What is to run, in order, and how it ended, by its number.
         self.cases: Sequence[Case] = ()
         self.outcomes: dict[int, Outcome] = {}
@@ -228,3 +227,22 @@ def _revision() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
+
+
+def _own_directory() -> Path:
+    """Make and return a directory that no other run writes to, named for the time.
+
+    Raises HostError: it cannot be made.
+    """
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    path, number = Path("results") / stamp, 1
+    while True:
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            path = path.with_name(f"{stamp}-{number}")
+        except OSError as e:
+            raise HostError(f"cannot make {path}: {e.strerror}") from e
+        else:
+            return path

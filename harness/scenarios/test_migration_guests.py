@@ -27,6 +27,7 @@ from harness.proxy.program import (
     load,
     loop,
     nop,
+    outb,
     rdmsr,
     simple,
     store,
@@ -232,15 +233,15 @@ def test_migrate_l3_in_every_paging(context: Context, paging: str) -> None:
 
 
 _LONG: Final = 10_000
-_BUSY: Final = 1_000
+_BUSY: Final = 200
 
 
 def _work(guest: Level, at: int) -> list[tuple[Op, ...]]:
-    """Return a program with page faults, exits to L0, and much that does not exit at all."""
+    """Return a program with page faults, port exits, and much that does not exit at all."""
     missing = guest.scratch + PAGE
     return [
         loop(_LONG, [atomic_add(at, 1)]),
-        loop(_BUSY, [atomic_add(at, 1), cpuid(0), load(missing)], stop_on_fault=False),
+        loop(_BUSY, [atomic_add(at, 1), outb(STOP_PORT, 1), load(missing)], stop_on_fault=False),
         loop(_LONG, [atomic_add(at, 1), load(at)]),
     ]
 

@@ -184,10 +184,9 @@ class Moves:
             notes = self._mover(machine)
         except Refused as e:
             raise ScenarioFailure(f"move {self.count}: {e}") from e
-        for note in notes:
-            if note not in self._noted:
-                self._noted.add(note)
-                self._context.note("state that does not travel", note=str(note))
+        if new := [note for note in notes if note not in self._noted]:
+            self._noted.update(new)
+            self._context.note("state that does not travel", notes=[str(note) for note in new])
 
     def while_running(self, goes: Traveller) -> None:
         """Move a machine again and again for as long as its thread runs."""

@@ -49,6 +49,7 @@ class Watched:
 
     def __init__(self):
         self._where = Namespace()
+        self._count = 0
 
     def __enter__(self):
         return self
@@ -59,8 +60,9 @@ class Watched:
     def add(self, fd):
         def number():
             with IPRoute() as ip:
-                ip.set_netnsid(fd=fd, nsid=fd)
+                ip.set_netnsid(fd=fd, nsid=self._count)
 
+        self._count += 1
         self._where.run(number)
 
     def alive(self):

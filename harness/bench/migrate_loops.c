@@ -1,0 +1,617 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * The C side of the migration benchmarks: the ioctls and copies of harness/migrate as a C program
+ * would make them. No checksums and no formats: what is left is what a migration costs at least.
+ *
+ * Reads one request per line and answers each with "ok " and one line of JSON, or "error TEXT":
+ *
+ *	migrate LINK MIB DIRTY	moves a machine of MIB MiB of which DIRTY pages are left when it is
+ *				paused; LINK is threads, processes (over a socketpair) or tcp
+ *	state COUNT		takes the state of one vCPU and puts it into another, COUNT times
+ *
+ * The source of a migration is used again by the next one. What fails while a machine moves ends
+ * the process, after its line.
+ */
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <sys/wait.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include "kvm_vm.h"
+
+#define RUN_PAGES	256	/* RUN_PAGES of harness/migrate/memory_image.py */
+
+/* The machine; as in migrate_load.py. */
+#define FIRST_BYTE	(1UL << 20)
+#define BLOCK_PAGES	32
+#define DIRTY_STRIDE	(2 * PAGE_BYTES)
+
+#define PRESENT_OR_SWAPPED	(3ULL << 62)	/* Documentation/admin-guide/mm/pagemap.rst */
+
+#define READY	'r'
+#define COMMIT	'c'
+#define RUNNING	'g'
+
+/* A run of pages on the link; 0 pages: that was all. */
+struct run {
+	uint64_t first;
+	uint64_t pages;
+};
+
+struct figures {
+	uint64_t pages;
+	uint64_t bytes;
+	uint64_t round_ns;
+	uint64_t rest_pages;
+	uint64_t downtime_ns;
+	uint64_t capture_ns;
+	uint64_t witness;	/* what the destination's memory holds */
+	uint64_t expected;	/* what ours does */
+};
+
+/* Part of the VM's own state. */
+struct vm_state {
+	struct kvm_irqchip chips[3];
+	struct kvm_clock_data clock;
+};
+
+/* --- the link --- */
+
+static void put(int fd, struct iovec *pieces, int count)
+{
+	while (count) {
+		ssize_t done = must(writev(fd, pieces, count), "sending");
+
+		for (; count && (size_t)done >= pieces->iov_len; pieces++, count--)
+			done -= pieces->iov_len;
+		if (count) {
+			pieces->iov_base = (char *)pieces->iov_base + done;
+			pieces->iov_len -= done;
+		}
+	}
+}
+
+static void put_bytes(int fd, const void *data, size_t bytes)
+{
+	struct iovec piece = { .iov_base = (void *)data, .iov_len = bytes };
+
+	put(fd, &piece, 1);
+}
+
+static void take(int fd, void *data, size_t bytes)
+{
+	char *at = data;
+
+	while (bytes) {
+		ssize_t done = must(read(fd, at, bytes), "receiving");
+
+		if (!done)
+			fail("the other end is gone");
+		at += done;
+		bytes -= done;
+	}
+}
+
+static void say(int fd, char what)
+{
+	put_bytes(fd, &what, 1);
+}
+
+static void expect(int fd, char what)
+{
+	char said;
+
+	take(fd, &said, 1);
+	if (said != what)
+		fail("the other end said %c where %c is due", said, what);
+}
+
+/* --- state --- */
+
+/* MSRs with state that KVM_GET_MSR_INDEX_LIST may leave out: VM_CR and the MTRRs. */
+static void keep_unlisted_msrs(struct vm *vm)
+{
+	static const uint32_t ranges[][2] = {
+		{ 0xc0010114, 1 }, { 0x200, 16 }, { 0x250, 1 }, { 0x258, 2 }, { 0x268, 8 },
+		{ 0x2ff, 1 },
+	};
+	uint32_t i, offset;
+
+	for (i = 0; i < ARRAY_SIZE(ranges); i++)
+		for (offset = 0; offset < ranges[i][1]; offset++)
+			keep_msr(vm, ranges[i][0] + offset);
+}
+
+/* Which parts there are is the same at both ends: it is the same kernel. */
+static int is_here(struct vm *vm, const struct part *part)
+{
+	return strcmp(part->name, "nested") ||
+	       ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_NESTED_STATE) > 0;
+}
+
+static int prepare_parts(struct vm *vm, const struct part *parts[])
+{
+	int count = 0;
+	size_t i;
+
+	for (i = 0; i < PART_COUNT; i++) {
+		if (!is_here(vm, &all_parts[i]))
+			continue;
+		if (all_parts[i].prepare)
+			all_parts[i].prepare(vm);
+		parts[count++] = &all_parts[i];
+	}
+	keep_unlisted_msrs(vm);
+	return count;
+}
+
+static void capture(struct vm *vm, struct vm_state *state, const struct part *parts[], int count)
+{
+	uint32_t chip;
+	int i;
+
+	IOCTL(vm->vcpu, KVM_GET_CPUID2, vm->cpuid);
+	ioctl(vm->vcpu, KVM_GET_TSC_KHZ, 0);
+	for (i = 0; i < count; i++)
+		parts[i]->get(vm);
+	for (chip = 0; chip < ARRAY_SIZE(state->chips); chip++) {
+		state->chips[chip].chip_id = chip;
+		IOCTL(vm->fd, KVM_GET_IRQCHIP, &state->chips[chip]);
+	}
+	IOCTL(vm->fd, KVM_GET_CLOCK, &state->clock);
+}
+
+static void restore(struct vm *vm, struct vm_state *state, const struct part *parts[], int count)
+{
+	struct kvm_clock_data clock = { .clock = state->clock.clock };
+	uint32_t chip;
+	int i;
+
+	for (chip = 0; chip < ARRAY_SIZE(state->chips); chip++)
+		IOCTL(vm->fd, KVM_SET_IRQCHIP, &state->chips[chip]);
+	IOCTL(vm->vcpu, KVM_SET_CPUID2, vm->cpuid);
+	ioctl(vm->vcpu, KVM_GET_TSC_KHZ, 0);
+	for (i = 0; i < count; i++)
+		parts[i]->set(vm);
+	IOCTL(vm->fd, KVM_SET_CLOCK, &clock);
+}
+
+static void put_state(int fd, struct vm *vm, struct vm_state *state, const struct part *parts[],
+		      int count)
+{
+	struct iovec pieces[PART_COUNT + 1] = { { state, sizeof(*state) } };
+	int i;
+
+	for (i = 0; i < count; i++)
+		pieces[i + 1] = (struct iovec) { parts[i]->data(vm), parts[i]->bytes(vm) };
+	put(fd, pieces, count + 1);
+}
+
+static void take_state(int fd, struct vm *vm, struct vm_state *state, const struct part *parts[],
+		       int count)
+{
+	int i;
+
+	take(fd, state, sizeof(*state));
+	for (i = 0; i < count; i++)
+		take(fd, parts[i]->data(vm), parts[i]->bytes(vm));
+}
+
+/* --- memory --- */
+
+static uint64_t witness_of(struct vm *vm)
+{
+	uint64_t at, sum = 0;
+
+	for (at = FIRST_BYTE; at < vm->memory_bytes; at += PAGE_BYTES)
+		sum += *(volatile uint64_t *)(vm->memory + at);
+	return sum;
+}
+
+static int is_zero(const char *page)
+{
+	return !*page && !memcmp(page, page + 1, PAGE_BYTES - 1);
+}
+
+static void put_run(int fd, struct vm *vm, struct run *run, struct figures *figures)
+{
+	struct iovec pieces[] = {
+		{ run, sizeof(*run) },
+		{ vm->memory + run->first * PAGE_BYTES, run->pages * PAGE_BYTES },
+	};
+
+	if (!run->pages)
+		return;
+	figures->bytes += sizeof(*run) + run->pages * PAGE_BYTES;
+	put(fd, pieces, ARRAY_SIZE(pieces));
+}
+
+/* Joins pages to runs; a page that does not fit the run sends it. */
+static void add_page(int fd, struct vm *vm, struct run *run, uint64_t page, struct figures *figures)
+{
+	if (run->pages && (page != run->first + run->pages || run->pages == RUN_PAGES)) {
+		put_run(fd, vm, run, figures);
+		run->pages = 0;
+	}
+	if (!run->pages)
+		run->first = page;
+	run->pages++;
+}
+
+static void send_all(int fd, struct vm *vm, struct figures *figures)
+{
+	uint64_t page, pages = vm->memory_bytes / PAGE_BYTES;
+	size_t bytes = pages * sizeof(uint64_t);
+	uint64_t *entries = allocate(bytes);
+	int pagemap = must(open("/proc/self/pagemap", O_RDONLY), "/proc/self/pagemap");
+	struct run run = { 0 };
+
+	if (pread(pagemap, entries, bytes, (uintptr_t)vm->memory / PAGE_BYTES * 8) != (ssize_t)bytes)
+		fail("/proc/self/pagemap: cut off");
+	close(pagemap);
+	for (page = 0; page < pages; page++) {
+		if (!(entries[page] & PRESENT_OR_SWAPPED) || is_zero(vm->memory + page * PAGE_BYTES))
+			continue;
+		add_page(fd, vm, &run, page, figures);
+		figures->pages++;
+	}
+	put_run(fd, vm, &run, figures);
+	free(entries);
+}
+
+struct dirty {
+	int manual;
+	size_t bytes;
+	uint64_t *now, *all;
+};
+
+static void track(struct vm *vm, struct dirty *dirty)
+{
+	struct kvm_enable_cap cap = {
+		.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+		.args = { KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE },
+	};
+
+	dirty->manual = ioctl(vm->fd, KVM_CHECK_EXTENSION, cap.cap) &
+			KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
+	dirty->bytes = (vm->memory_bytes / PAGE_BYTES + 63) / 64 * 8;
+	dirty->now = allocate(dirty->bytes);
+	dirty->all = allocate(dirty->bytes);
+	if (dirty->manual)
+		IOCTL(vm->fd, KVM_ENABLE_CAP, &cap);
+	set_memory_flags(vm, KVM_MEM_LOG_DIRTY_PAGES);
+}
+
+static void untrack(struct vm *vm, struct dirty *dirty)
+{
+	struct kvm_enable_cap cap = { .cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 };
+
+	set_memory_flags(vm, 0);
+	if (dirty->manual)
+		IOCTL(vm->fd, KVM_ENABLE_CAP, &cap);
+	free(dirty->now);
+	free(dirty->all);
+}
+
+static void collect(struct vm *vm, struct dirty *dirty)
+{
+	struct kvm_dirty_log log = { .dirty_bitmap = dirty->now };
+	struct kvm_clear_dirty_log clear = {
+		.num_pages = vm->memory_bytes / PAGE_BYTES, .dirty_bitmap = dirty->now,
+	};
+	uint64_t any = 0;
+	size_t i;
+
+	IOCTL(vm->fd, KVM_GET_DIRTY_LOG, &log);
+	for (i = 0; i < dirty->bytes / 8; i++) {
+		any |= dirty->now[i];
+		dirty->all[i] |= dirty->now[i];
+	}
+	if (any && dirty->manual)
+		IOCTL(vm->fd, KVM_CLEAR_DIRTY_LOG, &clear);
+}
+
+static void send_dirty(int fd, struct vm *vm, struct dirty *dirty, struct figures *figures)
+{
+	struct run run = { 0 };
+	uint64_t word;
+	size_t i;
+
+	for (i = 0; i < dirty->bytes / 8; i++)
+		for (word = dirty->all[i]; word; word &= word - 1) {
+			add_page(fd, vm, &run, i * 64 + __builtin_ctzll(word), figures);
+			figures->rest_pages++;
+		}
+	put_run(fd, vm, &run, figures);
+}
+
+/* --- the destination --- */
+
+struct destination {
+	int fd;
+	size_t memory_bytes;
+};
+
+static void take_memory(int fd, struct vm *vm)
+{
+	struct run run;
+
+	for (;;) {
+		take(fd, &run, sizeof(run));
+		if (!run.pages)
+			return;
+		if ((run.first + run.pages) * PAGE_BYTES > vm->memory_bytes)
+			fail("pages outside memory");
+		take(fd, vm->memory + run.first * PAGE_BYTES, run.pages * PAGE_BYTES);
+	}
+}
+
+static void *receive(void *argument)
+{
+	struct destination *destination = argument;
+	const struct part *parts[PART_COUNT];
+	int fd = destination->fd, count;
+	struct vm_state state;
+	uint64_t witness;
+	struct vm vm;
+
+	fail_for_good();
+	open_vm(&vm, 1);
+	add_memory(&vm, destination->memory_bytes);
+	count = prepare_parts(&vm, parts);
+	say(fd, READY);
+	take_memory(fd, &vm);
+	take_state(fd, &vm, &state, parts, count);
+	restore(&vm, &state, parts, count);
+	say(fd, READY);
+	expect(fd, COMMIT);
+	say(fd, RUNNING);
+	witness = witness_of(&vm);
+	put_bytes(fd, &witness, sizeof(witness));
+	close_vm(&vm);
+	close(fd);
+	return NULL;
+}
+
+static void connect_tcp(int ends[2])
+{
+	struct sockaddr_in address = {
+		.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+	};
+	socklen_t bytes = sizeof(address);
+	int one = 1, listening = must(socket(AF_INET, SOCK_STREAM, 0), "socket");
+
+	must(bind(listening, (struct sockaddr *)&address, bytes), "bind");
+	must(listen(listening, 1), "listen");
+	must(getsockname(listening, (struct sockaddr *)&address, &bytes), "getsockname");
+	ends[0] = must(socket(AF_INET, SOCK_STREAM, 0), "socket");
+	must(connect(ends[0], (struct sockaddr *)&address, bytes), "connect");
+	ends[1] = must(accept(listening, NULL, NULL), "accept");
+	setsockopt(ends[0], IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	setsockopt(ends[1], IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	close(listening);
+}
+
+static pid_t fork_destination(struct destination *destination, int source_fd)
+{
+	pid_t child = must(fork(), "fork");
+
+	if (child) {
+		close(destination->fd);
+		return child;
+	}
+	fail_for_good();
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	alarm(DEADLINE_S);
+	close(source_fd);
+	/* The parent's KVM is for the parent's memory alone. */
+	kvm = must(open("/dev/kvm", O_RDWR | O_CLOEXEC), "/dev/kvm");
+	receive(destination);
+	_exit(0);
+}
+
+/* --- the source --- */
+
+static struct vm source;
+static const struct part *source_parts[PART_COUNT];
+static int source_part_count;
+static uint64_t source_dirty;
+
+/* Adds 1 to the first word of so many pages, writes to a port, and so on for ever. */
+static void load_dirtying_guest(struct vm *vm, size_t memory_bytes, uint32_t dirty)
+{
+	uint8_t code[] = {
+		0xbf, 0, 0, 0, 0,		/* mov $FIRST_BYTE, %edi */
+		0xb9, 0, 0, 0, 0,		/* mov $dirty, %ecx */
+		0xff, 0x07,			/* incl (%rdi) */
+		0x81, 0xc7, 0, 0, 0, 0,		/* add $DIRTY_STRIDE, %edi */
+		0xff, 0xc9,			/* dec %ecx */
+		0x75, 0xf4,			/* jnz to the incl */
+		0xe6, 0xf0,			/* out %al, $0xf0 */
+		0xeb, 0xe6,			/* jmp to the start */
+	};
+	uint32_t first = FIRST_BYTE, stride = DIRTY_STRIDE;
+
+	memcpy(code + 1, &first, 4);
+	memcpy(code + 6, &dirty, 4);
+	memcpy(code + 14, &stride, 4);
+	load_code(vm, memory_bytes, code, sizeof(code));
+}
+
+static void fill(struct vm *vm)
+{
+	uint64_t page;
+
+	for (page = FIRST_BYTE / PAGE_BYTES; page < vm->memory_bytes / PAGE_BYTES; page++) {
+		char *at = vm->memory + page * PAGE_BYTES;
+
+		if (page / BLOCK_PAGES % 2)
+			continue;
+		memset(at, 0x5a, PAGE_BYTES);
+		*(uint64_t *)at = page;
+	}
+}
+
+static void prepare_source(size_t memory_bytes, uint64_t dirty)
+{
+	if (source.memory && source.memory_bytes == memory_bytes && source_dirty == dirty)
+		return;
+	if (source.memory)
+		close_vm(&source);
+	if (FIRST_BYTE + dirty * DIRTY_STRIDE > memory_bytes)
+		fail("%lu pages are more than there are", (unsigned long)dirty);
+	open_vm(&source, 1);
+	source_part_count = prepare_parts(&source, source_parts);
+	load_dirtying_guest(&source, memory_bytes, dirty);
+	/* Else a child would share it, and every write had to copy a page first. */
+	madvise(source.memory, memory_bytes, MADV_DONTFORK);
+	fill(&source);
+	run_to_port(&source);	/* what is touched first is mapped now */
+	source_dirty = dirty;
+}
+
+/* Ends the instruction that wrote to the port; without that its registers are of before. */
+static void finish_io(struct vm *vm)
+{
+	vm->run->immediate_exit = 1;
+	if (ioctl(vm->vcpu, KVM_RUN, 0) == 0 || errno != EINTR)
+		fail("KVM_RUN: does not exit at once");
+	vm->run->immediate_exit = 0;
+}
+
+static void send_machine(int fd, struct figures *figures)
+{
+	struct vm_state state;
+	struct run end = { 0 };
+	struct dirty dirty;
+	uint64_t start;
+
+	expect(fd, READY);
+	track(&source, &dirty);
+	start = now_ns();
+	send_all(fd, &source, figures);
+	figures->round_ns = now_ns() - start;
+	collect(&source, &dirty);
+	run_to_port(&source);
+	start = now_ns();
+	finish_io(&source);
+	capture(&source, &state, source_parts, source_part_count);
+	figures->capture_ns = now_ns() - start;
+	collect(&source, &dirty);
+	/* Like this the rest is not counted in the bytes of the round. */
+	struct figures rest = { 0 };
+	send_dirty(fd, &source, &dirty, &rest);
+	figures->rest_pages = rest.rest_pages;
+	untrack(&source, &dirty);
+	put_bytes(fd, &end, sizeof(end));
+	put_state(fd, &source, &state, source_parts, source_part_count);
+	expect(fd, READY);
+	say(fd, COMMIT);
+	expect(fd, RUNNING);
+	figures->downtime_ns = now_ns() - start;
+	take(fd, &figures->witness, sizeof(figures->witness));
+	figures->expected = witness_of(&source);
+}
+
+static void await_destination(const char *link, pid_t child, pthread_t thread)
+{
+	int status;
+
+	if (!strcmp(link, "threads")) {
+		pthread_join(thread, NULL);
+		return;
+	}
+	if (waitpid(child, &status, 0) != child || status)
+		fail("the destination failed");
+}
+
+static void migrate(const char *link, unsigned long mib, unsigned long dirty)
+{
+	struct destination destination = { .memory_bytes = mib << 20 };
+	struct figures figures = { 0 };
+	pthread_t thread = 0;
+	pid_t child = 0;
+	int ends[2];
+
+	if (!mib || mib > 1024)
+		fail("%lu MiB are no machine for this", mib);
+	if (strcmp(link, "threads") && strcmp(link, "processes") && strcmp(link, "tcp"))
+		fail("no link is called %s", link);
+	prepare_source(mib << 20, dirty);
+	if (!strcmp(link, "tcp"))
+		connect_tcp(ends);
+	else
+		must(socketpair(AF_UNIX, SOCK_STREAM, 0, ends), "socketpair");
+	fail_for_good();
+	destination.fd = ends[1];
+	if (!strcmp(link, "threads"))
+		must(-pthread_create(&thread, NULL, receive, &destination), "pthread_create");
+	else
+		child = fork_destination(&destination, ends[0]);
+	send_machine(ends[0], &figures);
+	close(ends[0]);
+	await_destination(link, child, thread);
+	if (figures.witness != figures.expected)
+		fail("the destination has other memory than the source");
+	printf("ok {\"pages\": %lu, \"size_bytes\": %lu, \"round_ns\": %lu, \"rest_pages\": %lu, "
+	       "\"downtime_ns\": %lu, \"capture_ns\": %lu}\n",
+	       figures.pages, figures.bytes, figures.round_ns, figures.rest_pages,
+	       figures.downtime_ns, figures.capture_ns);
+}
+
+static void state_loop(unsigned long count)
+{
+	const struct part *parts[PART_COUNT];
+	struct vm_state state;
+	uint64_t start, bytes = 0;
+	unsigned long done;
+	struct vm one, other;
+	int i, n;
+
+	open_vm(&one, 1);
+	open_vm(&other, 1);
+	n = prepare_parts(&one, parts);
+	prepare_parts(&other, parts);
+	start = now_ns();
+	for (done = 0; done < count; done++) {
+		capture(&one, &state, parts, n);
+		for (i = 0; i < n; i++)
+			memcpy(parts[i]->data(&other), parts[i]->data(&one), parts[i]->bytes(&one));
+		restore(&other, &state, parts, n);
+	}
+	start = now_ns() - start;
+	for (i = 0; i < n; i++)
+		bytes += parts[i]->bytes(&other);
+	close_vm(&one);
+	close_vm(&other);
+	printf("ok {\"done\": %lu, \"size_bytes\": %lu, \"ns\": %lu}\n", done, bytes, start);
+}
+
+static void serve(const char *line)
+{
+	unsigned long mib, dirty, count;
+	char link[32];
+
+	if (sscanf(line, "migrate %31s %lu %lu", link, &mib, &dirty) == 3)
+		migrate(link, mib, dirty);
+	else if (sscanf(line, "state %lu", &count) == 1)
+		state_loop(count);
+	else
+		fail("a request is migrate LINK MIB DIRTY, or state COUNT");
+}
+
+int main(void)
+{
+	signal(SIGPIPE, SIG_IGN);
+	return serve_requests(serve);
+}

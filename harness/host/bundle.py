@@ -39,6 +39,11 @@ CARRIED = (
     "harness/bench/inside.py",
     "harness/bench/loops.py",
     "harness/bench/proxy_loops.py",
+    "harness/bench/migrate_load.py",
+    "harness/bench/migrate_links.py",
+    "harness/bench/migrate_destination.py",
+    "harness/bench/migrate_loops.py",
+    "harness/bench/migrate_points.py",
 )
 
 #: What the agent imports before it forks, so that no call pays for it again.

@@ -39,7 +39,10 @@ ADDRESSES: Final = ("192.0.2.1", "192.0.2.2")
 
 _CONNECT_S: Final = 60.0
 _ANSWER_S: Final = 10.0
+# How often the kernel repeats what a closed socket still had to say. The socket keeps its namespace
+# meanwhile; by default that is minutes, should the process be killed and the wire gone.
 _ORPHAN_RETRIES: Final = Path("/proc/sys/net/ipv4/tcp_orphan_retries")
+_RETRIES, _LAST_RETRIES = 4, 1
 
 
 class Shaper(Enum):
@@ -145,21 +148,19 @@ def wire(shape: LinkShape, shaper: Shaper | None = None) -> Iterator[Wire]:
         with lay(one, other) as line:
             for where, address in zip((one, other), ADDRESSES, strict=True):
                 devices.set_up(where, address)
+                _set_orphan_retries(where, _RETRIES)
             try:
                 yield Wire((one, other), line, shape)
             finally:
-                _give_up_orphans((one, other))
+                for where in (one, other):
+                    _set_orphan_retries(where, _LAST_RETRIES)
 
 
-def _give_up_orphans(ends: tuple[Namespace, Namespace]) -> None:
-    """Have the kernel keep no closed sockets for what can never be delivered any more.
-
-    They would keep their namespace, for minutes.
-    """
-    for where in ends:
-        with contextlib.suppress(OSError):
-            # /proc/sys/net is the reading thread's namespace's.
-            where.run(lambda: _ORPHAN_RETRIES.write_text("1"))
+def _set_orphan_retries(where: Namespace, count: int) -> None:
+    # Where it cannot be written, nothing but the namespace's end is later.
+    with contextlib.suppress(OSError):
+        # /proc/sys/net is that of the thread's namespace.
+        where.run(lambda: _ORPHAN_RETRIES.write_text(str(count)))
 
 
 class _Netem:

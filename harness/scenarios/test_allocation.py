@@ -34,6 +34,7 @@ from kvm_ioctl.asm_kvm import NestedStateFlags
 from kvm_ioctl.handles import Vcpu
 
 PROBES = tuple(MEMORY_PROBES)
+_LEAK_ROUNDS = 3
 
 
 def _predicted(*svme: bool) -> VcpuState:
@@ -159,13 +160,22 @@ def test_closing_a_vm_leaks_nothing(context: Context, stage: str, vcpus: int, pr
         # Memory of a whole VM comes and goes between two of its lines; a leak would not show.
         raise Unsupported(f"{counter.source} counts user pages too; memory.stat has no line kernel")
     _run_and_close(context, stage, vcpus)
-    before = read_settled(counter)
-    for _ in range(3):
-        _run_and_close(context, stage, vcpus)
-    leaked = read_settled(counter) - before
-    context.note("bytes after three VMs more than after one", leaked=leaked)
-    # Less than one block per VM: an order-0 page that leaks three times is three pages.
-    context.expect_within("bytes leaked by three VMs", leaked, 0, counter.resolution_bytes())
+    # Less than one block per VM: an order-0 page that leaks three times is three pages. What leaks
+    # does so every time; a page that a cache keeps at one time is not taken again at the next.
+    for _ in range(_LEAK_ROUNDS):
+        before = read_settled(counter)
+        for _ in range(3):
+            _run_and_close(context, stage, vcpus)
+        leaked = read_settled(counter) - before
+        context.note("bytes after three VMs more than before", leaked=leaked)
+        if abs(leaked) <= counter.resolution_bytes():
+            return
+    context.expect_within(
+        f"bytes leaked by three VMs, {_LEAK_ROUNDS} times in a row",
+        leaked,
+        0,
+        counter.resolution_bytes(),
+    )
 
 
 def _run_and_close(context: Context, stage: str, vcpus: int) -> None:

@@ -39,7 +39,7 @@ MAY_IMPORT = {
 #: These know results and files, not VMs.
 MAY_NOT_IMPORT = {
     part: ("harness.machine", "harness.probe", "harness.scenarios")
-    for part in ("harness.host", "harness.report")
+    for part in ("harness.host", "harness.network", "harness.report")
 }
 
 

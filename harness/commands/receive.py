@@ -64,8 +64,7 @@ def _link(listen: str | None, wait_s: float) -> Iterator[Link]:
             yield link
         return
     with _listener(listen) as listener:
-        where = f"tcp:{listener.listening.getsockname()[0]}:{listener.port}"
-        _say(f"listening on {where if listener.name.startswith('tcp') else listener.name}")
+        _say(f"listening on {_name(listener)}")
         with listener.accept(wait_s) as link:
             yield link
 
@@ -75,6 +74,12 @@ def _listener(listen: str) -> contextlib.AbstractContextManager[Listener]:
     if isinstance(address, Tcp):
         return listen_tcp(address.host, address.port)
     return listen_unix(address.path)
+
+
+def _name(listener: Listener) -> str:
+    """Return what `nsvm send --to` takes; with the port that was chosen, if it was left open."""
+    at = listener.listening.getsockname()
+    return f"tcp:{at[0]}:{listener.port}" if isinstance(at, tuple) else listener.name
 
 
 def _take(link: Link) -> dict[str, Any]:

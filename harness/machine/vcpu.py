@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from harness.errors import ScenarioFailure
@@ -16,6 +16,7 @@ from harness.machine.guest_abi import STAGE_PORT, Stage
 from harness.machine.hang import VcpuTimeout, describe_hang
 from harness.machine.memory import GuestMemory
 from harness.machine.watchdog import WATCHDOG
+from kvm_ioctl.capabilities import Cap
 from kvm_ioctl.exits import DirtyRingFullExit, Exit, Interrupted, IoExit
 from kvm_ioctl.handles import Vcpu, Vm
 
@@ -155,6 +156,7 @@ class MachineVcpu:
                 self.vcpu.run.immediate_exit = 0
                 WATCHDOG.disarm(self._watch)
             if isinstance(exit_, Interrupted):
+                self._take_coalesced()
                 return
             # A string instruction, or an access that was split: the next piece of it.
             if not isinstance(exit_, IoExit):
@@ -162,6 +164,19 @@ class MachineVcpu:
             self._last_exits.append(exit_)
             self._handle_io(exit_)
         raise MachineError(f"vCPU {self.index}: its I/O has more than {_MOST_PIECES} pieces")
+
+    def _take_coalesced(self) -> None:
+        """Hand the writes that KVM collected in the ring of coalesced ones to their devices."""
+        if not self._vm.check_extension(Cap.KVM_CAP_COALESCED_MMIO):
+            return
+        for write in self.vcpu.coalesced_ring().drain():
+            if not write.pio:
+                raise MachineError(f"a coalesced write to {write.address:#x}, no device's memory")
+            self._events.extend(self._bus.out(write.address, len(write.data), write.data))
+
+    def put_back(self, events: Iterable[Event]) -> None:
+        """Have these events returned by the next runs, before any other."""
+        self._events.extendleft(reversed(list(events)))
 
     @property
     def waiting_events(self) -> tuple[Event, ...]:

@@ -21,6 +21,7 @@ TIME: Final[Mapping[str, str]] = {
     r"vcpu\d+\.msrs\.0x6e0": "MSR_IA32_TSC_DEADLINE is a TSC value",
     r"vcpu\d+\.lapic\.0x390": "the APIC timer's current count is time",
     r"clock\.(clock|flags|realtime|host_tsc)": "the kvmclock is time",
+    r"pit\.channels\[\d\]\.count_load_time": "when the PIT was loaded is time",
     r"vcpu\d+\.msrs\.0x400000[12]0": "HV_X64_MSR_VP_RUNTIME and TIME_REF_COUNT are time",
 }
 """Time counters, by expressions for whole names: what may differ between twins, and why."""

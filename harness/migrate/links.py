@@ -17,6 +17,9 @@ from typing import Final
 
 from harness.migrate.errors import Cancelled, LinkLost
 
+_AHEAD_BYTES: Final = 128 << 10
+"""Read at once where less is asked for: headers and messages come with what is behind them."""
+
 _SLICE_S: Final = 0.05
 """How long a wait sleeps before it looks whether it was cancelled."""
 
@@ -67,7 +70,10 @@ class Link:
         self.sent_bytes = 0
         """Bytes that the kernel has taken. No other byte can ever arrive."""
         self.received_bytes = 0
+        """Bytes that were read here; more may have been read ahead."""
         self._read_fd, self._write_fd = read_fd, write_fd
+        self._ahead = memoryview(bytearray(_AHEAD_BYTES))
+        self._ahead_at = self._ahead_end = 0
         self._stack = contextlib.ExitStack()
         self._stack.callback(close)
         self._closed = False
@@ -110,19 +116,24 @@ class Link:
         Raises LinkLost: the other end is gone, or silent for too long.
         Raises Cancelled: somebody wished so.
         """
-        deadline = self._deadline()
-        while True:
-            try:
-                data = os.read(self._fd(self._read_fd), size)
-            except BlockingIOError:
-                self._wait(self._read_fd, select.POLLIN, deadline)
-                continue
-            except OSError as e:
-                raise self.lost(os.strerror(e.errno or 0)) from e
-            if not data:
-                raise self.lost("the other end closed it")
-            self.received_bytes += len(data)
-            return data
+        if not self._ahead_bytes:
+            self._ahead_at, self._ahead_end = 0, self._receive([self._ahead])
+        return bytes(self._from_ahead(size))
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        """Read up to as many bytes as the buffer has, at least one; return how many.
+
+        Raises as `read` does.
+        """
+        if self._ahead_bytes:
+            found = self._from_ahead(len(buffer))
+            buffer[: len(found)] = found
+            return len(found)
+        count = self._receive([buffer, self._ahead])
+        self._ahead_at, self._ahead_end = 0, max(0, count - len(buffer))
+        count = min(count, len(buffer))
+        self.received_bytes += count
+        return count
 
     def write(self, data: bytes | bytearray | memoryview, /) -> None:
         """Send all of the bytes.
@@ -148,6 +159,8 @@ class Link:
 
     def has_input(self, within_s: float = 0.0) -> bool:
         """Tell whether there is something to read now, the end included."""
+        if self._ahead_bytes:
+            return True
         poll = select.poll()
         poll.register(self._fd(self._read_fd), select.POLLIN)
         return bool(poll.poll(within_s * 1000))
@@ -184,6 +197,31 @@ class Link:
         if self._closed:
             raise self.lost("it is closed")
         return fd
+
+    @property
+    def _ahead_bytes(self) -> int:
+        return self._ahead_end - self._ahead_at
+
+    def _from_ahead(self, size: int) -> memoryview:
+        at = self._ahead_at
+        self._ahead_at = min(at + size, self._ahead_end)
+        self.received_bytes += self._ahead_at - at
+        return self._ahead[at : self._ahead_at]
+
+    def _receive(self, buffers: list[memoryview]) -> int:
+        """Wait until there is something, put it into the buffers, and return how much it is."""
+        deadline = self._deadline()
+        while True:
+            try:
+                count = os.readv(self._fd(self._read_fd), buffers)
+            except BlockingIOError:
+                self._wait(self._read_fd, select.POLLIN, deadline)
+                continue
+            except OSError as e:
+                raise self.lost(os.strerror(e.errno or 0)) from e
+            if not count:
+                raise self.lost("the other end closed it")
+            return count
 
     def _deadline(self) -> float:
         stall = time.monotonic() + self._stall_s

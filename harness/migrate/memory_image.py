@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from array import array
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -16,11 +16,13 @@ RUN_PAGES: Final = 256
 """The most pages in one run; 1 MiB."""
 
 _PAGEMAP_ENTRY = 8
-_CHUNK_BYTES = 256 * _PAGEMAP_ENTRY
-_PRESENT_OR_SWAPPED = 3 << 62
-"""Documentation/admin-guide/mm/pagemap.rst, bits 63 and 62."""
-_TOP_BYTE, _IN_TOP_BYTE = 7, _PRESENT_OR_SWAPPED >> 56
+_TOP_BYTE, _PRESENT_OR_SWAPPED = 7, 3 << 6
+"""Documentation/admin-guide/mm/pagemap.rst, bits 63 and 62, as they are in the top byte."""
+_HAS_PAGE: Final = bytes(1 if byte & _PRESENT_OR_SWAPPED else 0 for byte in range(256))
 _ZERO_PAGE: Final = bytes(PAGE_SIZE)
+
+# One byte a page, looked at by what is written in C: memory has hundreds of thousands.
+_PIECES: Final = re.compile(rb"[^\0]{1,%d}" % RUN_PAGES)
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,22 @@ class Run:
     """The first page's number in the mapping."""
     count: int
 
+    @property
+    def end(self) -> int:
+        """The number of the first page past it."""
+        return self.first + self.count
+
 
 def populated(backing: mmap.mmap) -> list[int]:
     """Return the numbers of the pages that a mapping has memory for; all others read as zeroes.
+
+    Raises OSError: there is no /proc/self/pagemap.
+    """
+    return [page for run in populated_runs(0, backing) for page in range(run.first, run.end)]
+
+
+def populated_runs(number: int, backing: mmap.mmap) -> Iterator[Run]:
+    """Yield the same as runs of mapping `number`.
 
     Raises OSError: there is no /proc/self/pagemap.
     """
@@ -42,20 +57,31 @@ def populated(backing: mmap.mmap) -> list[int]:
     pages = len(backing) // PAGE_SIZE
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         data = os.pread(file.fileno(), pages * _PAGEMAP_ENTRY, address // PAGE_SIZE * 8)
-    return list(_present(data))
+    return _flagged(number, 0, data[_TOP_BYTE::_PAGEMAP_ENTRY].translate(_HAS_PAGE))
 
 
-def _present(entries: bytes) -> Iterator[int]:
-    """Yield the numbers of the entries that have a page.
+def filled_runs(run: Run, data: bytes) -> Iterator[Run]:
+    """Yield what of a run holds anything but zeroes.
 
-    Most of a machine's memory has none: what is all alike is looked at once.
+    Args:
+        run: of at most RUN_PAGES.
+        data: what is in its pages.
+
     """
-    for at in range(0, len(entries), _CHUNK_BYTES):
-        raw = entries[at : at + _CHUNK_BYTES]
-        all_alike = raw == raw[:_PAGEMAP_ENTRY] * (len(raw) // _PAGEMAP_ENTRY)
-        if not all_alike or raw[_TOP_BYTE] & _IN_TOP_BYTE:
-            numbered = enumerate(array("Q", raw), at // _PAGEMAP_ENTRY)
-            yield from (page for page, entry in numbered if entry & _PRESENT_OR_SWAPPED)
+    # Most pages that hold anything do not begin with a zero.
+    flags = bytearray(data[::PAGE_SIZE])
+    page = flags.find(0)
+    while page >= 0:
+        if not data.startswith(_ZERO_PAGE, page * PAGE_SIZE):
+            flags[page] = 1
+        page = flags.find(0, page + 1)
+    return _flagged(run.backing, run.first, flags)
+
+
+def _flagged(number: int, first: int, flags: bytes | bytearray) -> Iterator[Run]:
+    """Yield the runs of pages, counted from `first`, whose byte is not 0."""
+    for found in _PIECES.finditer(flags):
+        yield Run(number, first + found.start(), found.end() - found.start())
 
 
 def not_zero(backing: mmap.mmap, pages: Iterable[int]) -> Iterator[int]:

@@ -10,10 +10,9 @@ from typing import Final
 from harness.machine.machine import Machine
 from harness.migrate.dirty import DirtyPages, DirtyTracker, Tracking, count, join
 from harness.migrate.links import Cancel, Link
-from harness.migrate.memory_image import not_zero, populated
 from harness.migrate.shape import backings_of
 from harness.migrate.stream import StreamWriter
-from harness.migrate.transfer import write_pages
+from harness.migrate.transfer import write_memory, write_pages
 
 _PACE_BYTES: Final = 64 << 10
 
@@ -101,6 +100,7 @@ class PreCopy:
         self.rounds: list[Round] = []
         self.converged = False
         """Whether so few pages were left as was asked for."""
+        self._machine = machine
         self._writer = writer
         self._tracker = tracker
         self._options = options
@@ -133,10 +133,7 @@ class PreCopy:
 
     def _send_all(self) -> int:
         """Send what is not zero: everything is at the destination, to begin with."""
-        return sum(
-            write_pages(self._writer, number, backing, not_zero(backing, populated(backing)))
-            for number, backing in enumerate(self._backings)
-        )
+        return write_memory(self._writer, self._machine)
 
     def _send_left(self) -> int:
         left, self._left = self._left, {}

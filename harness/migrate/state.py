@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,9 @@ from harness.migrate.offers import offers
 from harness.migrate.parts import Need, Part, Size
 from harness.migrate.shape import wants_whole_events
 from harness.migrate.vcpu_parts import VCPU_PARTS, Notes, Source, Target
-from kvm_ioctl.asm_kvm import IrqchipId
+from kvm_ioctl.asm_kvm import IrqchipId, kvm_pit_state2
 from kvm_ioctl.handles import Kvm, Vm
-from kvm_ioctl.linux_kvm import kvm_clock_data, kvm_irqchip
+from kvm_ioctl.linux_kvm import KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip
 from kvm_ioctl.request import KvmError
 
 Parts = Mapping[str, bytes]
@@ -39,7 +40,8 @@ class MachineState:
 class VmPart(Part):
     """One part of the VM's own state: how it is read and written."""
 
-    read: Callable[[Vm], bytes]
+    read: Callable[[Vm], bytes | None]
+    """None: there is none here."""
     write: Callable[[Vm, bytes], None]
 
 
@@ -50,6 +52,22 @@ def _write_clock(vm: Vm, data: bytes) -> None:
 
 def _write_chip(vm: Vm, data: bytes) -> None:
     vm.set_irqchip(kvm_irqchip.from_bytes(data))
+
+
+def _read_pit(vm: Vm) -> bytes | None:
+    pit = kvm_pit_state2()
+    error = vm.try_call(vm.KVM_GET_PIT2, pit)
+    if error == errno.ENXIO:
+        return None
+    if error:
+        raise KvmError(error, "KVM_GET_PIT2", vm.kind)
+    return pit.as_bytes()
+
+
+def _write_pit(vm: Vm, data: bytes) -> None:
+    # Whether the PIT has port 0x61 too cannot be read; where there is a PIT at all, it has.
+    vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+    vm.set_pit2(kvm_pit_state2.from_bytes(data))
 
 
 def _chip(name: str, chip: IrqchipId) -> VmPart:
@@ -75,6 +93,14 @@ VM_PARTS: Final = {
         _chip("pic_slave", IrqchipId.KVM_IRQCHIP_PIC_SLAVE),
         _chip("ioapic", IrqchipId.KVM_IRQCHIP_IOAPIC),
         VmPart(
+            "pit",
+            kvm_pit_state2,
+            Size.of(kvm_pit_state2),
+            _read_pit,
+            _write_pit,
+            need=Need.IF_GIVEN,
+        ),
+        VmPart(
             "clock",
             kvm_clock_data,
             Size.of(kvm_clock_data),
@@ -93,6 +119,8 @@ def msr_indices(kvm: Kvm) -> tuple[int, ...]:
 
 def capture(machine: Machine, indices: Sequence[int] | None = None) -> MachineState:
     """Take the state of a machine that is paused; pending I/O is completed first.
+
+    The routing of interrupt lines (KVM_SET_GSI_ROUTING) cannot be read and is not part of it.
 
     Args:
         machine: whose vCPUs are not running.
@@ -114,11 +142,12 @@ def capture(machine: Machine, indices: Sequence[int] | None = None) -> MachineSt
         source = Source(runner.vcpu, offered, machine.irqchip, notes)
         read = ((name, part.read(source)) for name, part in VCPU_PARTS.items())
         vcpus.append({name: data for name, data in read if data is not None})
-    vm = {
+    found = {
         part.name: part.read(machine.vm)
         for part in VM_PARTS.values()
         if machine.irqchip or part.need is not Need.IRQCHIP
     }
+    vm = {name: data for name, data in found.items() if data is not None}
     return MachineState(vm, tuple(vcpus), tuple(dict.fromkeys(notes)))
 
 
@@ -138,7 +167,7 @@ def restore(machine: Machine, state: MachineState, order: Sequence[str]) -> list
         raise HarnessError(f"an order has each of {', '.join(VCPU_PARTS)}; got {', '.join(order)}")
     notes: Notes = []
     for part in VM_PARTS.values():
-        if part.need is Need.IRQCHIP and part.name in state.vm:
+        if part.name != "clock" and part.name in state.vm:
             with _naming(part.name):
                 part.write(machine.vm, state.vm[part.name])
     for runner, parts in zip(machine.vcpus, state.vcpus, strict=True):

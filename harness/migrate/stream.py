@@ -31,6 +31,7 @@ tag, part or key, is refused: nothing of it may be ignored.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import struct
@@ -38,7 +39,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from harness.machine.memory import PAGE_SIZE
 from harness.migrate.errors import StreamError
@@ -69,6 +70,9 @@ LONGEST: Final = {
 _READ_BYTES: Final = 1 << 20
 """Asked for at once, so that memory is taken for what came and not for what a header claims."""
 
+_GATHER_BYTES: Final = 256 << 10
+"""Put into one write of the sink, if it may be."""
+
 _LONGEST_NAME: Final = 255
 
 
@@ -77,6 +81,14 @@ class Source(Protocol):
 
     def read(self, size: int, /) -> bytes:
         """Return up to so many bytes; none at the end."""
+
+
+@runtime_checkable
+class FillingSource(Source, Protocol):
+    """One that can do without making objects of what it reads."""
+
+    def readinto(self, buffer: memoryview, /) -> int | None:
+        """Read up to as many bytes as the buffer has; return how many, 0 at the end."""
 
 
 class Sink(Protocol):
@@ -95,6 +107,8 @@ class Section:
     offset: int
     """Where its header is in the stream."""
     body: bytes
+    lent: memoryview | None = None
+    """The body in place of `body`, if the reader lends those of PAGEs."""
 
     @property
     def where(self) -> str:
@@ -112,7 +126,24 @@ class StreamWriter:
         self._sink = sink
         self.sections = 0
         self.written_bytes = 0
+        self._gathers = False
+        self._pieces: list[bytes | memoryview] = []
+        self._pieces_bytes = 0
         self._put(_START.pack(MAGIC, VERSION, bytes(6)))
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Put many sections into one write of the sink; at the end of the `with` all are written.
+
+        What they are made of must stay as it is until then.
+        """
+        self._gathers = True
+        try:
+            yield
+            self._flush()
+        finally:
+            self._gathers = False
+            self._pieces.clear()
 
     def head(self, data: Mapping[str, Any]) -> None:
         """Write the header."""
@@ -146,25 +177,53 @@ class StreamWriter:
         for piece in pieces:
             crc = zlib.crc32(piece, crc)
         header = _HEADER.pack(tag, self.sections, size, crc)
-        self._put(header + _CRC.pack(zlib.crc32(header)))
-        for piece in pieces:
-            self._put(piece)
+        self._put(header + _CRC.pack(zlib.crc32(header)), *pieces)
         self.sections += 1
 
-    def _put(self, data: bytes | memoryview) -> None:
-        self._sink.write(data)
-        self.written_bytes += len(data)
+    def _put(self, *pieces: bytes | memoryview) -> None:
+        self._pieces += pieces
+        size = sum(map(len, pieces))
+        self._pieces_bytes += size
+        self.written_bytes += size
+        if not self._gathers or self._pieces_bytes >= _GATHER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        pieces, self._pieces, self._pieces_bytes = self._pieces, [], 0
+        small: list[bytes | memoryview] = []
+        for piece in pieces:
+            if len(piece) < _GATHER_BYTES:
+                small.append(piece)
+                continue
+            # Copying it costs more than a second write.
+            self._write(small)
+            self._sink.write(piece)
+            small = []
+        self._write(small)
+
+    def _write(self, small: list[bytes | memoryview]) -> None:
+        if small:
+            self._sink.write(b"".join(small))
 
 
 class StreamReader:
     """Reads one stream and believes nothing: tags, order, lengths and checksums are checked."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, *, lends: bool = False) -> None:
         """Read the start.
 
+        Args:
+            source: where from.
+            lends: have `Section.lent` for PAGEs, which holds until the next section is asked for;
+                that saves taking memory for each of them.
+
         Raises StreamError: it is no stream, or of another version.
+
         """
         self._source = source
+        # Asked once: it takes long.
+        self._filling = source if isinstance(source, FillingSource) else None
+        self._lent = memoryview(bytearray(LONGEST[PAGE])) if lends else None
         self.offset = 0
         self._number = 0
         magic, version, zero = _START.unpack(self._take(_START.size, "the start"))
@@ -213,11 +272,34 @@ class StreamReader:
         what += f" ({tag.decode()} at offset {start:#x})"
         if size > LONGEST[tag]:
             raise StreamError(f"{what}: {size} bytes, {_at_most(tag)}")
-        body = self._take(size, what)
-        if zlib.crc32(body) != crc:
+        section = self._with_body(tag, size, what, start)
+        if zlib.crc32(section.body if section.lent is None else section.lent) != crc:
             raise StreamError(f"{what}: checksum of the body is wrong")
         self._number += 1
-        return Section(tag, number, start, body)
+        return section
+
+    def _with_body(self, tag: bytes, size: int, what: str, start: int) -> Section:
+        if tag != PAGE or self._lent is None:
+            return Section(tag, self._number, start, self._take(size, what))
+        body = self._lent[:size]
+        self._fill(body, what)
+        return Section(tag, self._number, start, b"", body)
+
+    def _fill(self, buffer: memoryview, what: str) -> None:
+        done, size = 0, len(buffer)
+        while done < size:
+            count = self._read_into(buffer[done:])
+            if not count:
+                raise StreamError(f"{what}: cut off after {done} of {size} bytes")
+            done += count
+        self.offset += size
+
+    def _read_into(self, buffer: memoryview) -> int:
+        if self._filling is not None:
+            return self._filling.readinto(buffer) or 0
+        data = self._source.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def _take(self, size: int, what: str) -> bytes:
         parts = []
@@ -395,7 +477,7 @@ def unpack_pages(section: Section, backings: tuple[int, ...]) -> tuple[Run, memo
     Raises StreamError: malformed, or outside memory.
 
     """
-    body = memoryview(section.body)
+    body = memoryview(section.body) if section.lent is None else section.lent
     if len(body) <= _PAGE_HEADER.size or (len(body) - _PAGE_HEADER.size) % PAGE_SIZE:
         raise StreamError(f"{section.where}: {len(body)} bytes are not whole pages")
     backing, zero, first = _PAGE_HEADER.unpack_from(body)

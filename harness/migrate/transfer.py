@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from harness.machine.memory import PAGE_SIZE
 from harness.migrate import fingerprint
 from harness.migrate.contents import Contents
 from harness.migrate.errors import StreamError
-from harness.migrate.memory_image import not_zero, populated, runs
+from harness.migrate.memory_image import filled_runs, populated_runs, runs
 from harness.migrate.notes import Note
 from harness.migrate.orders import DEFAULT
 from harness.migrate.shape import BlankMachine, Shape, backings_of
@@ -38,10 +39,25 @@ def write_head(writer: StreamWriter, machine: Machine) -> None:
 
 
 def write_memory(writer: StreamWriter, machine: Machine) -> int:
-    """Write all pages that are not zero; return how many."""
+    """Write all pages that are not zero; return how many.
+
+    They may be written to meanwhile, see `write_pages`.
+    """
+    backings = backings_of(machine)
+    return sum(_write_filled(writer, number, backing) for number, backing in enumerate(backings))
+
+
+def _write_filled(writer: StreamWriter, number: int, backing: mmap.mmap) -> int:
     count = 0
-    for number, backing in enumerate(backings_of(machine)):
-        count += write_pages(writer, number, backing, not_zero(backing, populated(backing)))
+    with writer.gathered():
+        for run in populated_runs(number, backing):
+            data = backing[run.first * PAGE_SIZE : run.end * PAGE_SIZE]
+            for filled in filled_runs(run, data):
+                at = (filled.first - run.first) * PAGE_SIZE
+                whole = filled.count == run.count
+                size = filled.count * PAGE_SIZE
+                writer.pages(filled, data if whole else memoryview(data)[at : at + size])
+                count += filled.count
     return count
 
 
@@ -51,10 +67,10 @@ def write_pages(writer: StreamWriter, number: int, backing: mmap.mmap, pages: It
     They may be written to meanwhile: what goes into the stream is a copy, checksum included.
     """
     count = 0
-    for run in runs(number, pages):
-        at = run.first * PAGE_SIZE
-        writer.pages(run, backing[at : at + run.count * PAGE_SIZE])
-        count += run.count
+    with writer.gathered():
+        for run in runs(number, pages):
+            writer.pages(run, backing[run.first * PAGE_SIZE : run.end * PAGE_SIZE])
+            count += run.count
     return count
 
 
@@ -126,6 +142,7 @@ class Loader:
         self._order = order
         self._machine: BlankMachine | None = None
         self._contents = Contents()
+        self._addresses: list[int] = []
         self.pages = 0
 
     def __enter__(self) -> Loader:
@@ -147,6 +164,7 @@ class Loader:
             self._machine = BlankMachine(
                 self._kvm, self._contents.shape, dirty_ring_bytes=self._dirty_ring_bytes
             )
+            self._addresses = [_address(mapping) for mapping in self._machine.mappings]
         elif section.tag == PAGE:
             self._page(section)
         return section.tag == DONE
@@ -171,9 +189,16 @@ class Loader:
     def _page(self, section: Section) -> None:
         machine = self._built()
         run, data = unpack_pages(section, machine.shape.backings)
-        at = run.first * PAGE_SIZE
-        machine.mappings[run.backing][at : at + len(data)] = data
+        # The first touch of a page takes long, and unlike an assignment this lets others run.
+        ctypes.memmove(
+            self._addresses[run.backing] + run.first * PAGE_SIZE, _address(data), len(data)
+        )
         self.pages += run.count
+
+
+def _address(buffer: mmap.mmap | memoryview) -> int:
+    """Return where a buffer is; the caller sees to it that it stays there."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def load(kvm: Kvm, source: Source, *, order: Sequence[str] = DEFAULT) -> Loaded:
@@ -182,7 +207,7 @@ def load(kvm: Kvm, source: Source, *, order: Sequence[str] = DEFAULT) -> Loaded:
     Raises StreamError: the stream is malformed, cut off or foreign.
     Raises Refused: this kernel does not take the machine.
     """
-    reader = StreamReader(source)
+    reader = StreamReader(source, lends=True)
     with Loader(kvm, order=order) as loader:
         for section in reader.sections():
             if loader.take(section):

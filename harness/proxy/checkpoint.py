@@ -78,7 +78,8 @@ def remember(machine: ProxyMachine) -> dict[str, Any]:
     """
     writer = _Writer(machine)
     known = {name: writer.value(getattr(machine, name)) for name in _MACHINE}
-    return {"image": _digest(machine.proxy_image), "machine": known}
+    events = [writer.value(list(runner.waiting_events)) for runner in machine.vcpus]
+    return {"image": _digest(machine.proxy_image), "machine": known, "events": events}
 
 
 def resume(other: Machine, data: Any) -> ProxyMachine:
@@ -96,6 +97,8 @@ def resume(other: Machine, data: Any) -> ProxyMachine:
     reader = _Reader(machine, other)
     try:
         values = {name: reader.value(data["machine"][name]) for name in _MACHINE}
+        events = [_port_writes(reader.value(waiting)) for waiting in data["events"]]
+        waiting = list(zip(other.vcpus, events, strict=True))
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
@@ -103,7 +106,15 @@ def resume(other: Machine, data: Any) -> ProxyMachine:
     machine.take_over(other)
     for name, value in values.items():
         setattr(machine, name, value)
+    for runner, missed in waiting:
+        runner.put_back(missed)
     return machine
+
+
+def _port_writes(events: Any) -> list[PortOut]:
+    if not isinstance(events, list) or not all(isinstance(event, PortOut) for event in events):
+        raise CheckpointError("proxies: malformed events")
+    return events
 
 
 @cache

@@ -12,6 +12,7 @@ from counting_guest import counting
 from cut_link import pair_cut
 
 from harness.errors import NsvmError
+from harness.machine.memory import PAGE_SIZE
 from harness.migrate import live
 from harness.migrate.connections import child, connect_unix, pair
 from harness.migrate.errors import Cancelled, HandoverUnknown, LinkLost, Refused, StreamError
@@ -146,7 +147,8 @@ def test_the_link_is_cut_after_any_number_of_bytes_received(guest, cut):
 
 def test_a_running_guest_survives_many_cuts_and_then_moves(guest):
     guest.stop()
-    whole = length_of_stream(guest)
+    # While the guest runs, the page of STOP is zero and not sent.
+    whole = length_of_stream(guest) - 2 * PAGE_SIZE
     guest.start()
     for cut in range(0, whole, whole // 15):
         ours, theirs = pair_cut(sends=cut)

@@ -21,6 +21,7 @@ from harness.migrate.notes import Loss
 from harness.migrate.orders import DEFAULT, NAMED
 from harness.migrate.state import capture
 from harness.migrate.transfer import load, save
+from kvm_ioctl.capabilities import Cap
 
 pytestmark = pytest.mark.kvm
 
@@ -181,3 +182,40 @@ def test_mangled_streams_end_in_one_line_or_in_a_machine(kvm, loop):
     # two, to be exact: a new thread alone makes glibc reserve 64 MiB.)
     assert ends == {StreamError, Refused, "loaded"}
     assert size_bytes() - size < 512 << 20
+
+
+def test_a_pit_comes_along(kvm):
+    with Machine(kvm, vcpus=1, memory_mib=1, irqchip=True) as machine:
+        machine.vm.create_pit2()
+        pit = machine.vm.get_pit2()
+        pit.channels[2].count, pit.channels[2].mode, pit.channels[2].gate = 0x1234, 2, 1
+        machine.vm.set_pit2(pit)
+        state = capture(machine)
+        loaded = load(kvm, io.BytesIO(saved(machine)))
+        with loaded.machine as other:
+            there = other.vm.get_pit2()
+            assert (there.channels[2].count, there.channels[2].mode) == (0x1234, 2)
+            assert state_differences(state, capture(other)) == []
+
+
+def test_a_machine_without_a_pit_gets_none(kvm):
+    with Machine(kvm, vcpus=1, memory_mib=1, irqchip=True) as machine:
+        assert "pit" not in capture(machine).vm
+
+
+COALESCED_PORT = 0x90
+TWO_OUTS = bytes.fromhex("b041 e690 b042 e690 e680 f4")  # mov al / out 0x90, twice; out 0x80; hlt
+
+
+def test_coalesced_writes_are_delivered_before_the_state_is_taken(kvm):
+    with Machine(kvm, image=raw_image(TWO_OUTS, Gpa(0x1000)), memory_mib=1) as machine:
+        if not kvm.check_extension(Cap.KVM_CAP_COALESCED_PIO):
+            pytest.skip("KVM_CAP_COALESCED_PIO: 0")
+        (runner,) = machine.vcpus
+        machine.vm.register_coalesced_pio(COALESCED_PORT, 1)
+        assert runner.run(5) == PortOut(0x80, 1, 0x42)
+        assert runner.waiting_events == ()
+        capture(machine)
+        written = [PortOut(COALESCED_PORT, 1, 0x41), PortOut(COALESCED_PORT, 1, 0x42)]
+        assert list(runner.waiting_events) == written
+        assert [runner.run(5), runner.run(5)] == written

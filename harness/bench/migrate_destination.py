@@ -10,7 +10,8 @@ import socket
 import sys
 from dataclasses import asdict
 
-from harness.bench.migrate_links import receive
+from harness.bench.migrate_links import thrown_away
+from harness.migrate import live
 from harness.migrate.connections import over_socket
 from kvm_ioctl.handles import Kvm
 
@@ -19,7 +20,7 @@ def main() -> None:
     """Do it."""
     link = over_socket(socket.socket(fileno=int(sys.argv[1])), "the source")
     with Kvm() as kvm:
-        print(json.dumps(asdict(receive(kvm, link))), flush=True)
+        print(json.dumps(asdict(thrown_away(live.receive(kvm, link)))), flush=True)
 
 
 if __name__ == "__main__":

@@ -186,6 +186,12 @@ static void restore(struct vm *vm, struct vm_state *state, const struct part *pa
 	IOCTL(vm->fd, KVM_SET_CLOCK, &clock);
 }
 
+/* Nested state has as many bytes as it says, which the destination does not know yet. */
+static size_t wire_bytes(struct vm *vm, const struct part *part)
+{
+	return strcmp(part->name, "nested") ? part->bytes(vm) : (size_t)vm->nested_bytes;
+}
+
 static void put_state(int fd, struct vm *vm, struct vm_state *state, const struct part *parts[],
 		      int count)
 {
@@ -193,7 +199,7 @@ static void put_state(int fd, struct vm *vm, struct vm_state *state, const struc
 	int i;
 
 	for (i = 0; i < count; i++)
-		pieces[i + 1] = (struct iovec) { parts[i]->data(vm), parts[i]->bytes(vm) };
+		pieces[i + 1] = (struct iovec) { parts[i]->data(vm), wire_bytes(vm, parts[i]) };
 	put(fd, pieces, count + 1);
 }
 
@@ -204,7 +210,7 @@ static void take_state(int fd, struct vm *vm, struct vm_state *state, const stru
 
 	take(fd, state, sizeof(*state));
 	for (i = 0; i < count; i++)
-		take(fd, parts[i]->data(vm), parts[i]->bytes(vm));
+		take(fd, parts[i]->data(vm), wire_bytes(vm, parts[i]));
 }
 
 /* --- memory --- */

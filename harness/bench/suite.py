@@ -12,6 +12,7 @@ from typing import Any
 from harness.bench.boot import BOOT_BENCHMARKS, run_boot_benchmarks
 from harness.bench.choose import ExpressionError, matching
 from harness.bench.loops import IOCTL_BENCHMARKS
+from harness.bench.migrate_loops import MIGRATE_NAMES
 from harness.bench.native import executable
 from harness.bench.proxy_loops import PROXY_BENCHMARKS
 from harness.bench.ratios import Comparison, Pair
@@ -23,7 +24,7 @@ from harness.runner.hosts import HostChoice, make_host
 
 IOCTL_NAMES = tuple(benchmark.name for benchmark in IOCTL_BENCHMARKS)
 PROXY_NAMES = tuple(benchmark.name for benchmark in PROXY_BENCHMARKS)
-NAMES = (*IOCTL_NAMES, *PROXY_NAMES, *BOOT_BENCHMARKS)
+NAMES = (*IOCTL_NAMES, *PROXY_NAMES, *MIGRATE_NAMES, *BOOT_BENCHMARKS)
 
 #: Seconds of a sample in C. Python's takes longer, by what the table is about.
 SAMPLE_S = 0.02
@@ -33,6 +34,7 @@ PROXY_SAMPLE_S = 0.1
 
 _IOCTL_TARGET = "harness.bench.inside:run_ioctl_benchmarks"
 _PROXY_TARGET = "harness.bench.proxy_loops:run_proxy_benchmarks"
+_MIGRATE_TARGET = "harness.bench.migrate_loops:run_migrate_benchmarks"
 
 #: Of all benchmarks of one call on one host; a few seconds for each repetition is usual.
 _CALL_BASE_S, _CALL_PER_REPEAT_S = 120.0, 30.0
@@ -181,13 +183,20 @@ def _calls(wanted: Wanted) -> list[_Call]:
     """Return what has to be called in each host; none of it is without benchmarks."""
     found = []
     if names := [name for name in wanted.names if name in IOCTL_NAMES]:
-        program = base64.b64encode(executable("ioctl_loops").read_bytes()).decode()
-        arguments = {"executable": program, "sample_s": wanted.sample_s}
+        arguments = {"executable": _program("ioctl_loops"), "sample_s": wanted.sample_s}
         found.append(_Call("the ioctl benchmarks", _IOCTL_TARGET, names, arguments))
     if names := [name for name in wanted.names if name in PROXY_NAMES]:
         arguments = {"sample_s": PROXY_SAMPLE_S}
         found.append(_Call("the proxy benchmarks", _PROXY_TARGET, names, arguments))
+    if names := [name for name in wanted.names if name in MIGRATE_NAMES]:
+        arguments = {"executable": _program("migrate_loops"), "sample_s": wanted.sample_s}
+        found.append(_Call("the migration benchmarks", _MIGRATE_TARGET, names, arguments))
     return found
+
+
+def _program(name: str) -> str:
+    """Return a C side as it is sent to a host."""
+    return base64.b64encode(executable(name).read_bytes()).decode()
 
 
 def _run_inside(host: Host, calls: list[_Call], wanted: Wanted, report: Report) -> None:

@@ -77,6 +77,7 @@ def speed_table(host: str, against: str, rows: list[Comparison]) -> Table:
             time_text(row.ours_us),
             time_text(row.theirs_us),
         )
+    _add_notes(found, rows)
     return found
 
 
@@ -94,9 +95,18 @@ def rate_table(host: str, rows: list[Comparison]) -> Table:
             row.against,
             rate_text(row.theirs_us),
         )
-    found.caption = "\n".join(f"{row.name}: {row.note}" for row in rows if row.note)
-    found.caption_justify = "left"
+    _add_notes(found, rows)
     return found
+
+
+def _add_notes(table: Table, rows: list[Comparison]) -> None:
+    """Put the rows' notes below a table, each once."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            names.setdefault(row.note, []).append(row.name)
+    table.caption = "\n".join(f"{', '.join(found)}: {note}" for note, found in names.items())
+    table.caption_justify = "left"
 
 
 def parts_table(host: str, whole: str, rows: list[Comparison]) -> Table:

@@ -17,7 +17,7 @@ from typing import Final
 
 from harness.migrate.errors import Cancelled, LinkLost
 
-_AHEAD_BYTES: Final = 128 << 10
+_AHEAD_BYTES: Final = 32 << 10
 """Read at once where less is asked for: headers and messages come with what is behind them."""
 
 _SLICE_S: Final = 0.05

@@ -276,7 +276,7 @@ def receive(
 
 def _load(link: Link, loader: Loader, limits: Patience, cancel: Cancel | None) -> Loaded:
     with link.during("receiving the machine", stall_s=limits.stall_s, cancel=cancel):
-        for section in StreamReader(link, lends=True).sections():
+        for section in StreamReader(link, loader.place).sections():
             loader.take(section)
             if section.tag == HEAD:
                 put(link, Say.WELCOME)

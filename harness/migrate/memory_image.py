@@ -20,6 +20,8 @@ _TOP_BYTE, _PRESENT_OR_SWAPPED = 7, 3 << 6
 """Documentation/admin-guide/mm/pagemap.rst, bits 63 and 62, as they are in the top byte."""
 _HAS_PAGE: Final = bytes(1 if byte & _PRESENT_OR_SWAPPED else 0 for byte in range(256))
 _ZERO_PAGE: Final = bytes(PAGE_SIZE)
+_ZERO_PAGES: Final = 16
+_MANY_ZEROES: Final = bytes(_ZERO_PAGES * PAGE_SIZE)
 
 # One byte a page, looked at by what is written in C: memory has hundreds of thousands.
 _PIECES: Final = re.compile(rb"[^\0]{1,%d}" % RUN_PAGES)
@@ -72,9 +74,13 @@ def filled_runs(run: Run, data: bytes) -> Iterator[Run]:
     flags = bytearray(data[::PAGE_SIZE])
     page = flags.find(0)
     while page >= 0:
-        if not data.startswith(_ZERO_PAGE, page * PAGE_SIZE):
+        at, step = page * PAGE_SIZE, 1
+        # Zeroes come in great numbers, where they were only read.
+        if data.startswith(_MANY_ZEROES, at):
+            step = _ZERO_PAGES
+        elif not data.startswith(_ZERO_PAGE, at):
             flags[page] = 1
-        page = flags.find(0, page + 1)
+        page = flags.find(0, page + step)
     return _flagged(run.backing, run.first, flags)
 
 

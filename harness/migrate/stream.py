@@ -36,8 +36,8 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -107,13 +107,17 @@ class Section:
     offset: int
     """Where its header is in the stream."""
     body: bytes
-    lent: memoryview | None = None
-    """The body in place of `body`, if the reader lends those of PAGEs."""
+    pages: Run | None = None
+    """Of a PAGE whose pages are where the reader's user wanted them; they are not in the body."""
 
     @property
     def where(self) -> str:
         """How messages call it."""
         return f"section {self.number} ({self.tag.decode()} at offset {self.offset:#x})"
+
+
+Place = Callable[[Section, Run], memoryview]
+"""Returns where the pages of a run go; raises StreamError if there is no such place."""
 
 
 class StreamWriter:
@@ -209,21 +213,21 @@ class StreamWriter:
 class StreamReader:
     """Reads one stream and believes nothing: tags, order, lengths and checksums are checked."""
 
-    def __init__(self, source: Source, *, lends: bool = False) -> None:
+    def __init__(self, source: Source, place: Place | None = None) -> None:
         """Read the start.
 
         Args:
             source: where from.
-            lends: have `Section.lent` for PAGEs, which holds until the next section is asked for;
-                that saves taking memory for each of them.
+            place: where pages go; by default into the bodies of their sections. They go there
+                before their checksum is known: nothing may come of it unless all was taken.
 
         Raises StreamError: it is no stream, or of another version.
 
         """
         self._source = source
+        self._place = place
         # Asked once: it takes long.
         self._filling = source if isinstance(source, FillingSource) else None
-        self._lent = memoryview(bytearray(LONGEST[PAGE])) if lends else None
         self.offset = 0
         self._number = 0
         magic, version, zero = _START.unpack(self._take(_START.size, "the start"))
@@ -272,18 +276,23 @@ class StreamReader:
         what += f" ({tag.decode()} at offset {start:#x})"
         if size > LONGEST[tag]:
             raise StreamError(f"{what}: {size} bytes, {_at_most(tag)}")
-        section = self._with_body(tag, size, what, start)
-        if zlib.crc32(section.body if section.lent is None else section.lent) != crc:
+        in_place = tag == PAGE and self._place is not None and size > _PAGE_HEADER.size
+        body = self._take(_PAGE_HEADER.size if in_place else size, what)
+        section, found = Section(tag, number, start, body), zlib.crc32(body)
+        if in_place:
+            section, found = self._placed(section, size, found)
+        if found != crc:
             raise StreamError(f"{what}: checksum of the body is wrong")
         self._number += 1
         return section
 
-    def _with_body(self, tag: bytes, size: int, what: str, start: int) -> Section:
-        if tag != PAGE or self._lent is None:
-            return Section(tag, self._number, start, self._take(size, what))
-        body = self._lent[:size]
-        self._fill(body, what)
-        return Section(tag, self._number, start, b"", body)
+    def _placed(self, section: Section, size: int, crc: int) -> tuple[Section, int]:
+        """Read the pages of a PAGE that has no more than its header yet; return the body's CRC."""
+        assert self._place is not None
+        run = _unpack_run(section, size)
+        buffer = self._place(section, run)
+        self._fill(buffer, section.where)
+        return replace(section, pages=run), zlib.crc32(buffer, crc)
 
     def _fill(self, buffer: memoryview, what: str) -> None:
         done, size = 0, len(buffer)
@@ -471,22 +480,34 @@ def unpack_pages(section: Section, backings: tuple[int, ...]) -> tuple[Run, memo
     """Return a run of pages and their bytes.
 
     Args:
-        section: a PAGE.
+        section: a PAGE with its whole body.
         backings: bytes of each mapping, which the run must lie in.
 
     Raises StreamError: malformed, or outside memory.
 
     """
-    body = memoryview(section.body) if section.lent is None else section.lent
-    if len(body) <= _PAGE_HEADER.size or (len(body) - _PAGE_HEADER.size) % PAGE_SIZE:
-        raise StreamError(f"{section.where}: {len(body)} bytes are not whole pages")
-    backing, zero, first = _PAGE_HEADER.unpack_from(body)
-    if zero:
-        raise StreamError(f"{section.where}: {zero:#x} where zero must be")
-    run = Run(backing, first, (len(body) - _PAGE_HEADER.size) // PAGE_SIZE)
-    if backing >= len(backings) or (first + run.count) * PAGE_SIZE > backings[backing]:
+    run = _unpack_run(section, len(section.body))
+    expect_inside(section, run, backings)
+    return run, memoryview(section.body)[_PAGE_HEADER.size :]
+
+
+def expect_inside(section: Section, run: Run, backings: tuple[int, ...]) -> None:
+    """Make sure that a run is one of a machine's memory.
+
+    Raises StreamError: it is not.
+    """
+    if run.backing >= len(backings) or run.end * PAGE_SIZE > backings[run.backing]:
         raise StreamError(
-            f"{section.where}: pages {first}..{first + run.count - 1} of mapping {backing} "
+            f"{section.where}: pages {run.first}..{run.end - 1} of mapping {run.backing} "
             "are outside memory"
         )
-    return run, body[_PAGE_HEADER.size :]
+
+
+def _unpack_run(section: Section, size: int) -> Run:
+    """Return the run of a PAGE whose body has so many bytes."""
+    if size <= _PAGE_HEADER.size or (size - _PAGE_HEADER.size) % PAGE_SIZE:
+        raise StreamError(f"{section.where}: {size} bytes are not whole pages")
+    backing, zero, first = _PAGE_HEADER.unpack_from(section.body)
+    if zero:
+        raise StreamError(f"{section.where}: {zero:#x} where zero must be")
+    return Run(backing, first, (size - _PAGE_HEADER.size) // PAGE_SIZE)

@@ -6,14 +6,14 @@ import ctypes
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from harness.machine.machine import Machine
 from harness.machine.memory import PAGE_SIZE
 from harness.migrate import fingerprint
 from harness.migrate.contents import Contents
 from harness.migrate.errors import StreamError
-from harness.migrate.memory_image import filled_runs, populated_runs, runs
+from harness.migrate.memory_image import Run, filled_runs, populated_runs, runs
 from harness.migrate.notes import Note
 from harness.migrate.orders import DEFAULT
 from harness.migrate.shape import BlankMachine, Shape, backings_of
@@ -27,9 +27,17 @@ from harness.migrate.stream import (
     Source,
     StreamReader,
     StreamWriter,
+    expect_inside,
     unpack_pages,
 )
 from kvm_ioctl.handles import Kvm
+
+_POPULATE_PAGES: Final = 8
+_MADV_POPULATE_WRITE: Final = 23  # not in Python 3.11's mmap
+_PYBUF_WRITE: Final = 0x200
+_MEMORY_VIEW: Final = ctypes.pythonapi.PyMemoryView_FromMemory
+_MEMORY_VIEW.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_MEMORY_VIEW.restype = ctypes.py_object
 
 
 def write_head(writer: StreamWriter, machine: Machine) -> None:
@@ -142,7 +150,8 @@ class Loader:
         self._order = order
         self._machine: BlankMachine | None = None
         self._contents = Contents()
-        self._addresses: list[int] = []
+        self._views: list[memoryview] = []
+        self._populates = True
         self.pages = 0
 
     def __enter__(self) -> Loader:
@@ -164,9 +173,13 @@ class Loader:
             self._machine = BlankMachine(
                 self._kvm, self._contents.shape, dirty_ring_bytes=self._dirty_ring_bytes
             )
-            self._addresses = [_address(mapping) for mapping in self._machine.mappings]
+            self._views = [_view_of(mapping) for mapping in self._machine.mappings]
+        elif section.pages is not None:
+            self.pages += section.pages.count
         elif section.tag == PAGE:
-            self._page(section)
+            run, data = unpack_pages(section, self._built().shape.backings)
+            self.place(section, run)[:] = data
+            self.pages += run.count
         return section.tag == DONE
 
     def finish(self) -> Loaded:
@@ -186,19 +199,31 @@ class Loader:
             raise StreamError("there is no header")
         return self._machine
 
-    def _page(self, section: Section) -> None:
+    def place(self, section: Section, run: Run) -> memoryview:
+        """Return the machine's memory of a run of pages.
+
+        Raises StreamError: there is no machine yet, or it has no such pages.
+        """
         machine = self._built()
-        run, data = unpack_pages(section, machine.shape.backings)
-        # The first touch of a page takes long, and unlike an assignment this lets others run.
-        ctypes.memmove(
-            self._addresses[run.backing] + run.first * PAGE_SIZE, _address(data), len(data)
-        )
-        self.pages += run.count
+        expect_inside(section, run, machine.shape.backings)
+        if run.count >= _POPULATE_PAGES and self._populates:
+            self._populate(machine.mappings[run.backing], run)
+        return self._views[run.backing][run.first * PAGE_SIZE : run.end * PAGE_SIZE]
+
+    def _populate(self, mapping: mmap.mmap, run: Run) -> None:
+        """Take memory for a run at once: a fault per page costs as much as the copy."""
+        try:
+            mapping.madvise(_MADV_POPULATE_WRITE, run.first * PAGE_SIZE, run.count * PAGE_SIZE)
+        except OSError:
+            # Before Linux 5.14. If memory is short, a fault says so later.
+            self._populates = False
 
 
-def _address(buffer: mmap.mmap | memoryview) -> int:
-    """Return where a buffer is; the caller sees to it that it stays there."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+def _view_of(mapping: mmap.mmap) -> memoryview:
+    """Return a mapping's bytes without keeping it from being closed; not to be used after that."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    view: memoryview = _MEMORY_VIEW(address, len(mapping), _PYBUF_WRITE)
+    return view
 
 
 def load(kvm: Kvm, source: Source, *, order: Sequence[str] = DEFAULT) -> Loaded:
@@ -207,8 +232,8 @@ def load(kvm: Kvm, source: Source, *, order: Sequence[str] = DEFAULT) -> Loaded:
     Raises StreamError: the stream is malformed, cut off or foreign.
     Raises Refused: this kernel does not take the machine.
     """
-    reader = StreamReader(source, lends=True)
     with Loader(kvm, order=order) as loader:
+        reader = StreamReader(source, loader.place)
         for section in reader.sections():
             if loader.take(section):
                 break

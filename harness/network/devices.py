@@ -5,9 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from types import SimpleNamespace
 from typing import Any, Final
 
 from pyroute2 import IPRoute, NetlinkError  # type: ignore[import-untyped]
+from pyroute2.netlink.rtnl.tcmsg import (  # type: ignore[import-untyped]
+    plugins,
+    sched_netem,
+)
 
 from harness.network.namespaces import Namespace, NetworkError
 from harness.network.shape import LinkShape
@@ -21,6 +26,18 @@ _PREFIX_BITS: Final = 30
 _TUNSETIFF: Final = 0x4004_54CA
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
 _ifreq: Final = struct.Struct("16sH22x")
+
+
+def _netem_parameters(given: dict[str, Any]) -> dict[str, Any]:
+    rate = {"rate": given["netem_rate"]} if "netem_rate" in given else {}
+    parameters: dict[str, Any] = sched_netem.get_parameters(given | rate)
+    return parameters
+
+
+# pyroute2 0.9.7 sends an argument called `rate` as TCA_RATE, too, and Linux refuses (ERANGE).
+plugins["netem"] = SimpleNamespace(
+    parent=sched_netem.parent, options=sched_netem.options, get_parameters=_netem_parameters
+)
 
 
 def make_veth_pair(one: Namespace, other: Namespace) -> None:
@@ -71,17 +88,16 @@ def set_netem(where: Namespace, shape: LinkShape) -> None:
 
 def netem_options(shape: LinkShape) -> dict[str, Any]:
     """Return a shape in pyroute2's units: microseconds, percent, bytes per second."""
-    options: dict[str, Any] = {
+    return {
         "delay": round(shape.delay_s * 1e6),
         "jitter": round(shape.jitter_s * 1e6),
         "loss": shape.loss * 100,
         "duplicate": shape.duplicate * 100,
         "prob_reorder": shape.reorder * 100,
         "limit": shape.limit_packets,
+        # netem_change() keeps the rate that it had, unless told 0.
+        "netem_rate": round((shape.rate_bit_s or 0) / 8),
     }
-    if shape.rate_bit_s is not None:
-        options["rate"] = round(shape.rate_bit_s / 8)
-    return options
 
 
 def make_tun(where: Namespace) -> int:

@@ -39,6 +39,8 @@ class Kernels:
         self._stack = ExitStack()
         self._hosts: dict[str, Host] = {}
         self._sessions: dict[str, Session] = {}
+        self._borrowed: set[str] = set()
+        """Kernels whose host was started by a thread that is not here to stay."""
 
     def __enter__(self) -> Kernels:
         with ExitStack() as stack:
@@ -68,6 +70,13 @@ class Kernels:
     def restart(self, spec: str) -> None:
         """Replace a host that was lost."""
         self._sessions[spec] = self._hosts[spec].start()
+        if threading.current_thread() is not threading.main_thread():
+            self._borrowed.add(spec)
+
+    def settle(self) -> None:
+        """Start again, in this thread, what other threads started: it ends with them."""
+        while self._borrowed:
+            self.restart(self._borrowed.pop())
 
 
 def by_file(kernels: Kernels, places: Sequence[str], tell: Tell) -> list[Row]:
@@ -106,6 +115,7 @@ def by_file(kernels: Kernels, places: Sequence[str], tell: Tell) -> list[Row]:
     with ThreadPoolExecutor(_WORKERS) as pool:
         for work in (save, load):
             list(pool.map(work, kernels.specs))
+    kernels.settle()
     order = {spec: number for number, spec in enumerate(kernels.specs)}
     return sorted(rows, key=lambda row: (places.index(row["place"]), order[row["from"]],
                                          order.get(row.get("to", ""), -1)))  # fmt: skip
@@ -214,7 +224,10 @@ def _answer(result: CallResult) -> Row:
     said = splats(event["text"] for event in result.kmsg)
     row: Row = {"kernel_log": said} if said else {}
     if result.outcome == "return":
-        return {**result.value, **row}
+        row = {**result.value, **row}
+        if said and row.get("verdict") == "works":
+            row |= {"verdict": "differs", "why": f"the kernel says: {said[0]}"}
+        return row
     bases = result.error.get("bases", ())
     why = result.error.get("message") or f"the call ended by {result.outcome}"
     verdict = next((said for name, said in _VERDICTS.items() if name in bases), "error")

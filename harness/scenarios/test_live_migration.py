@@ -40,8 +40,8 @@ FILLED_BYTES_PER_S: Final = 4 << 20
 """So slow that rings fill up meanwhile."""
 
 CONVERGES: Final = Options(few_pages=256)
-DOES_NOT: Final = Options(few_pages=0, most_rounds=4)
-"""There is always something left: the loop never stands still."""
+DOES_NOT: Final = Options(few_pages=-1, most_rounds=4)
+"""However little is left, it is not few enough."""
 
 _GUESTS: Final[dict[str, Callable[[ProxyMachine], Level]]] = {
     "l1": lambda machine: machine.l1,
@@ -160,6 +160,6 @@ def test_live_migration_with_full_dirty_rings(context: Context, guest: str) -> N
 
 @scenario(needs=[nested_svm], axes={"guest": ("l2_npt", "l3")}, levels=3, timeout_s=TIMEOUT_S)
 def test_live_migration_that_does_not_converge(context: Context, guest: str) -> None:
-    """A machine that is written faster than it is sent is stopped at the limit, and is its twin."""
+    """A machine of which there is always too much left is stopped at the limit, and is its twin."""
     live = _expect_twins(context, guest, DOES_NOT)
-    context.expect("every migration converged", all(live.converged), False)
+    context.expect("a migration converged", any(live.converged), False)

@@ -39,7 +39,17 @@ def test_a_program_is_compiled_once_and_again_when_it_changes(cache, sources):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["ioctl_loops", "bare_start"])
+def test_what_a_header_declares_is_compiled_too_and_again_when_it_changes(cache, sources):
+    (sources / "main.c").write_text('#include "part.h"\nint main(void) { return part(); }\n')
+    (sources / "part.h").write_text("int part(void);\n")
+    (sources / "part.c").write_text('#include "part.h"\nint part(void) { return 5; }\n')
+    assert subprocess.run([executable("main")], timeout=10).returncode == 5
+    (sources / "part.c").write_text('#include "part.h"\nint part(void) { return 6; }\n')
+    assert subprocess.run([executable("main")], timeout=10).returncode == 6
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["ioctl_loops", "migrate_loops", "bare_start"])
 def test_programs_need_no_library_of_the_host_that_they_run_on(cache, name):
     # An ELF without PT_INTERP asks for no dynamic loader.
     listing = subprocess.run(

@@ -64,6 +64,6 @@ def test_netem_is_told_in_its_units():
         "duplicate": pytest.approx(2),
         "prob_reorder": pytest.approx(3),
         "limit": 1000,
-        "rate": 1_000_000,
+        "netem_rate": 1_000_000,
     }
-    assert "rate" not in netem_options(LinkShape())
+    assert netem_options(LinkShape())["netem_rate"] == 0

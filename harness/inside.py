@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.errors import HarnessError, HostError, ScenarioFailure, Unsupported
 from harness.facts import HostView
-from harness.scenarios.case import Case, Scenario, scenario_of
+from harness.scenarios.case import FRESH, LIFECYCLE, Scenario, scenario_of
 from harness.scenarios.context import Context, Emit
 from harness.scenarios.measure import measure_nested_memory
 from kvm_ioctl.request import KvmError
@@ -52,20 +52,28 @@ def _load(module: str, source: str | None) -> ModuleType:
 
 
 def run_case(
-    emit: Emit, module: str, name: str, values: dict[str, Any], source: str | None = None
+    emit: Emit,
+    module: str,
+    name: str,
+    values: dict[str, Any],
+    source: str | None = None,
+    lifecycle: str | None = None,
 ) -> dict[str, str]:
     """Run one case; return its verdict (PASS, FAIL, SKIP or ERROR) and the reason.
+
+    `lifecycle` counts in place of what the scenario says of it.
 
     A `KvmError` that escapes the scenario's body is KVM's answer to something that must work: FAIL.
     """
     declared = scenario_of(getattr(_load(module, source), name))
     if declared is None:
         raise HarnessError(f"{module}.{name} is no scenario")
-    case = Case(declared, values)
+    own = {axis: value for axis, value in values.items() if axis != LIFECYCLE}
+    lived = lifecycle or values.get(LIFECYCLE, FRESH)
     try:
         check_needs(declared, HostView())
-        with Context(emit) as context:
-            case.scenario.function(context, **case.values)
+        with Context(emit, lived) as context:
+            declared.function(context, **own)
     except Unsupported as e:
         return {"verdict": "SKIP", "reason": str(e)}
     except ScenarioFailure as e:

@@ -40,7 +40,7 @@ _SHARE_OF_MEMORY: Final = 6
 
 _CHILD_S: Final = 60.0
 _HEAD_PAGES: Final = 16
-"""By so much the first MiB may differ: page tables and descriptor tables."""
+"""Page tables and descriptor tables, by which the sides may differ; a CPU writes to them too."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +117,13 @@ class Bench:
 
     def _expect_same(self, link: str, c: Figures, python: Figures) -> None:
         wanted = self.size.dirty_pages
+        rests = range(wanted, wanted + _HEAD_PAGES + 1)
         if isinstance(self.load, PlainLoad):
-            same = abs(c.pages - python.pages) <= _HEAD_PAGES and python.rest_pages == wanted
+            same = abs(c.pages - python.pages) <= _HEAD_PAGES and python.rest_pages in rests
         else:
             # L1, L2 and their tables are memory too.
             same = python.rest_pages >= wanted
-        if not same or c.rest_pages != wanted:
+        if not same or c.rest_pages not in rests:
             raise HarnessError(
                 f"{link}: C sent {c.pages} pages and then {c.rest_pages},"
                 f" Python {python.pages} and then {python.rest_pages}"

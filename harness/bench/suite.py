@@ -39,6 +39,9 @@ _MIGRATE_TARGET = "harness.bench.migrate_loops:run_migrate_benchmarks"
 #: Of all benchmarks of one call on one host; a few seconds for each repetition is usual.
 _CALL_BASE_S, _CALL_PER_REPEAT_S = 120.0, 30.0
 
+#: The same of migrations: in the emulated host alone to start a destination takes seconds.
+_MIGRATE_BASE_S, _MIGRATE_PER_REPEAT_S = 240.0, 120.0
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -177,6 +180,8 @@ class _Call:
     target: str
     names: list[str]
     arguments: dict[str, Any]
+    base_s: float = _CALL_BASE_S
+    per_repeat_s: float = _CALL_PER_REPEAT_S
 
 
 def _calls(wanted: Wanted) -> list[_Call]:
@@ -190,7 +195,8 @@ def _calls(wanted: Wanted) -> list[_Call]:
         found.append(_Call("the proxy benchmarks", _PROXY_TARGET, names, arguments))
     if names := [name for name in wanted.names if name in MIGRATE_NAMES]:
         arguments = {"executable": _program("migrate_loops"), "sample_s": wanted.sample_s}
-        found.append(_Call("the migration benchmarks", _MIGRATE_TARGET, names, arguments))
+        limits = _MIGRATE_BASE_S, _MIGRATE_PER_REPEAT_S
+        found.append(_Call("the migration benchmarks", _MIGRATE_TARGET, names, arguments, *limits))
     return found
 
 
@@ -222,7 +228,7 @@ def _run_call(host: Host, call: _Call, wanted: Wanted, rows: PairRows) -> None:
 def _make(call: _Call, names: list[str], host: Host, wanted: Wanted, rows: PairRows) -> None:
     result = host.start().call(
         call.target,
-        timeout_s=_CALL_BASE_S + _CALL_PER_REPEAT_S * wanted.repeat,
+        timeout_s=call.base_s + call.per_repeat_s * wanted.repeat,
         on_event=rows.take,
         names=names,
         repeat=wanted.repeat,

@@ -24,6 +24,8 @@ from harness.runner.hosts import make_host
 from harness.storm.places import PLACES
 
 _PER_MOVE_S = 30.0
+_TOLD_EVERY = 100
+"""Moves, where nobody sees a bar grow."""
 _MARKS = {"works": "works", "refused": "refused", "differs": "DIFFERS", "no twin": "no twin"}
 
 
@@ -102,7 +104,10 @@ def _storm(where: Any, moves: int, options: dict[str, Any]) -> dict[str, Any]:
 
         def on_event(event: Event) -> None:
             if event["event"] == "emit" and event["kind"] == "moved":
-                progress.update(task, completed=event["data"]["number"])
+                number = event["data"]["number"]
+                progress.update(task, completed=number)
+                if not progress.console.is_terminal and number % _TOLD_EVERY == 0:
+                    _log(f"{number} of {moves} moves")
 
         result = session.call(
             "harness.storm.calls:storm",

@@ -16,6 +16,7 @@ import harness.scenarios
 from harness.commands.options import host_choice, host_options
 from harness.runner.plugin import Plugin
 from harness.runner.run import Run, RunOptions
+from harness.scenarios.case import LIFECYCLES
 
 _NOTHING = pytest.ExitCode.NO_TESTS_COLLECTED
 
@@ -47,6 +48,11 @@ _PYTEST_VARIABLES = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DEBUG")
 @click.option(
     "--shared", is_flag=True, help="One machine (for each job) for all cases, not a fresh one each."
 )
+@click.option(
+    "--lifecycle",
+    type=click.Choice(LIFECYCLES),
+    help="restored: move every machine into another VM before each run of a vCPU.",
+)
 @host_options
 def command(
     files: tuple[Path, ...],
@@ -59,6 +65,7 @@ def command(
     timeout_s: float | None,
     strict: bool,
     shared: bool,
+    lifecycle: str | None,
     host: str,
     kernel: str | None,
     modules: Path | None,
@@ -75,7 +82,7 @@ def command(
     choice = host_choice(host, kernel, modules)
     options = RunOptions(
         choice, results, timeout_s, strict=strict, shared=shared, unsafe=unsafe, jobs=jobs,
-        require=require,
+        require=require, lifecycle=lifecycle,
     )  # fmt: skip
     log = lambda text: click.echo(f"nsvm: {text}", err=True)  # noqa: E731
     with Run(options, log) as run, _own_environment():

@@ -18,6 +18,8 @@ from harness.migrate.errors import LinkLost
 from harness.migrate.links import Link
 
 _RETRY_S: Final = 0.02
+_UNIX_BUFFER_BYTES: Final = 256 << 10
+"""The kernel takes twice as much."""
 _CHILD_END_S: Final = 10.0
 _NOT_YET: Final = (errno.ENOENT, errno.ECONNREFUSED)
 
@@ -33,6 +35,9 @@ def over_socket(connected: socket.socket, name: str) -> Link:
     if connected.family in (socket.AF_INET, socket.AF_INET6):
         # Messages are small and waited for.
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    elif connected.family == socket.AF_UNIX:
+        # TCP's grows by itself; with the usual one the two ends wake each other all the time.
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
     return Link(connected.fileno(), connected.fileno(), name, connected.close)
 
 

@@ -52,6 +52,7 @@ EXCUSED: Final[Mapping[str, str]] = {**TIME, **NO_STATE}
 
 BETWEEN_KERNELS: Final[Mapping[str, str]] = {
     r"vcpu\d+\.events\.flags": "says which fields of the events this kernel fills in",
+    r"vcpu\d+\.xsave\.\[0x1d0\]": "of FXSAVE, free for software: newer kernels say XFEATURES there",
 }
 """What may differ besides where the two ran on different kernels, and why."""
 

@@ -37,7 +37,7 @@ import math
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -147,7 +147,7 @@ class StreamWriter:
             self._flush()
         finally:
             self._gathers = False
-            self._pieces.clear()
+            self._pieces, self._pieces_bytes = [], 0
 
     def head(self, data: Mapping[str, Any]) -> None:
         """Write the header."""
@@ -292,7 +292,8 @@ class StreamReader:
         run = _unpack_run(section, size)
         buffer = self._place(section, run)
         self._fill(buffer, section.where)
-        return replace(section, pages=run), zlib.crc32(buffer, crc)
+        placed = Section(section.tag, section.number, section.offset, section.body, run)
+        return placed, zlib.crc32(buffer, crc)
 
     def _fill(self, buffer: memoryview, what: str) -> None:
         done, size = 0, len(buffer)

@@ -43,9 +43,11 @@ class Lab:
         issues: Sequence[KnownIssue] = (),
         *,
         strict: bool = False,
+        lifecycle: str | None = None,
     ) -> None:
         self.results = results
         self.strict = strict
+        self._lifecycle = lifecycle
         self._timeout_s = timeout_s
         self._issues = issues
         #: Set when the run ends early: what is under way then has no outcome.
@@ -121,6 +123,7 @@ class Lab:
                 on_event=lambda event: self._record(case, event),
                 name=case.scenario.function.__name__,
                 values=dict(case.values),
+                lifecycle=self._lifecycle,
                 **_where(case),
             )
         except HostLost as lost:

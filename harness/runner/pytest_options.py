@@ -16,6 +16,7 @@ from harness.errors import NsvmError
 from harness.runner.hosts import HostChoice
 from harness.runner.plugin import Plugin
 from harness.runner.run import Run, RunOptions
+from harness.scenarios.case import LIFECYCLES
 
 _OWN = Path(harness.scenarios.__file__).parent
 
@@ -36,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--nsvm-strict", action="store_true", help="a known issue's FAIL fails the run, too")
     add("--nsvm-timeout", type=float, metavar="S", help="for every case")
     add("--nsvm-results", type=Path, metavar="DIR", help="default: a new one below results/")
+    add("--nsvm-lifecycle", choices=LIFECYCLES, help="restored: move machines before every run")
     add("--nsvm-require", action="append", default=[], metavar="FACT", help="must hold")
 
 
@@ -63,6 +65,7 @@ def options_of(config: pytest.Config) -> RunOptions:
         unsafe=bool(value("unsafe")),
         jobs=jobs,
         require=tuple(config.getoption("nsvm_require")),
+        lifecycle=config.getoption("nsvm_lifecycle"),
     )
 
 

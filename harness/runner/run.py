@@ -52,6 +52,8 @@ class RunOptions:
     jobs: int | None = None
     #: Names of facts that must hold.
     require: tuple[str, ...] = ()
+    #: What all machines go through; None: what each scenario says.
+    lifecycle: str | None = None
 
 
 def default_jobs(kind: str) -> int:
@@ -114,7 +116,13 @@ class Run:
             ]
             # A kernel that cannot be had is one error, not one of every case.
             self._pools[0].host({})
-            self.lab = Lab(file, options.timeout_s, load_known_issues(), strict=options.strict)
+            self.lab = Lab(
+                file,
+                options.timeout_s,
+                load_known_issues(),
+                strict=options.strict,
+                lifecycle=options.lifecycle,
+            )
             self._require()
             self._stack = stack.pop_all()
         return self

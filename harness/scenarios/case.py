@@ -15,6 +15,15 @@ DEFAULT_TIMEOUT_S = 120.0
 
 Value = str | int | bool
 
+LIFECYCLE = "lifecycle"
+"""The axis that every scenario can have: what its machines go through."""
+
+FRESH, RESTORED = "fresh", "restored"
+"""Machines stay where they were made; or are saved and restored, into another VM, before every run
+of a vCPU."""
+
+LIFECYCLES = (FRESH, RESTORED)
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -26,6 +35,7 @@ class Scenario:
     #: kvm_amd's module parameters that it must run with, other than the defaults.
     params: Mapping[str, str] = field(default_factory=dict)
     levels: int = 1
+    lifecycle: tuple[str, ...] = (FRESH,)
     timeout_s: float = DEFAULT_TIMEOUT_S
     #: Part of `make run`.
     quick: bool = False
@@ -67,6 +77,7 @@ def scenario(
     axes: Mapping[str, Sequence[Value]] | None = None,
     params: Mapping[str, str] | None = None,
     levels: int = 1,
+    lifecycle: Sequence[str] = (FRESH,),
     timeout_s: float = DEFAULT_TIMEOUT_S,
     quick: bool = False,
     unsafe: bool = False,
@@ -81,6 +92,7 @@ def scenario(
             {axis: tuple(values) for axis, values in (axes or {}).items()},
             dict(params or {}),
             levels,
+            tuple(lifecycle),
             timeout_s,
             quick,
             unsafe,
@@ -88,6 +100,8 @@ def scenario(
         )
         if not declared.claim:
             raise TypeError(f"scenario {declared.name} has no docstring to claim anything")
+        if unknown := set(lifecycle) - set(LIFECYCLES) or {LIFECYCLE} & set(declared.axes):
+            raise TypeError(f"scenario {declared.name}: {', '.join(unknown)} is no lifecycle")
         function.__scenario__ = declared  # type: ignore[attr-defined]
         return function
 
@@ -101,6 +115,9 @@ def scenario_of(function: object) -> Scenario | None:
 
 
 def cases_of(declared: Scenario) -> Iterator[Case]:
-    """Yield one case for every combination of the axes' values."""
-    for values in itertools.product(*declared.axes.values()):
-        yield Case(declared, dict(zip(declared.axes, values, strict=True)))
+    """Yield one case for every combination of the axes' values, and of lifecycles if several."""
+    axes = dict(declared.axes)
+    if declared.lifecycle != (FRESH,):
+        axes[LIFECYCLE] = declared.lifecycle
+    for values in itertools.product(*axes.values()):
+        yield Case(declared, dict(zip(axes, values, strict=True)))

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from harness.errors import ScenarioFailure
+from harness.scenarios.case import FRESH
 from kvm_ioctl.handles import Kvm
 
 T = TypeVar("T")
@@ -18,7 +19,9 @@ Emit = Callable[..., None]
 class Context:
     """One run of one case. A context manager: what was entered through it is left with it."""
 
-    def __init__(self, emit: Emit) -> None:
+    def __init__(self, emit: Emit, lifecycle: str = FRESH) -> None:
+        self.lifecycle = lifecycle
+        """What machines go through, see `case.LIFECYCLES`."""
         self._emit = emit
         self._stack = ExitStack()
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from harness.errors import ScenarioFailure
+from harness.migrate.errors import Refused
+from harness.migrate.move import move
+from harness.proxy.cpu import Cpu
 from harness.proxy.level import Level
 from harness.proxy.machine import ProxyMachine
 from harness.proxy.program import Fault, vector_name
 from harness.proxy.vmexit import VmExit
+from harness.scenarios.case import RESTORED
 from harness.scenarios.context import Context
 from harness.svm.exit_codes import describe
 from kvm_ioctl.asm_kvm import NestedStateFlags
@@ -20,7 +25,19 @@ def proxy_machine(context: Context, **options: Any) -> ProxyMachine:
     """Return a machine that is closed when the scenario ends; options as `ProxyMachine`'s."""
     machine = context.enter(ProxyMachine(context.kvm, **({"timeout_s": TIMEOUT_S} | options)))
     assert isinstance(machine, ProxyMachine)
+    if context.lifecycle == RESTORED:
+        for cpu in machine.cpus:
+            cpu.before_run = _restore
     return machine
+
+
+def _restore(cpu: Cpu) -> None:
+    """Save the machine and go on with it in another VM."""
+    try:
+        move(cpu.machine)
+    except Refused as e:
+        # It was KVM itself that gave what it refuses.
+        raise ScenarioFailure(f"the machine cannot be restored: {e}") from e
 
 
 def show_fault(fault: Fault | None) -> str:

@@ -37,7 +37,7 @@ from harness.proxy.program import (
     triple_fault,
 )
 from harness.proxy.vmexit import VmExit
-from harness.scenarios.case import scenario
+from harness.scenarios.case import LIFECYCLES, scenario
 from harness.scenarios.context import Context
 from harness.scenarios.intercept_rows import BY_NAME, address_of, set_intercept
 from harness.scenarios.l2 import expect_exit, expect_fault, expect_no_fault, proxy_machine
@@ -95,7 +95,7 @@ def test_exception_of_l3_is_l3s_unless_l2_intercepts_it(context: Context, except
     _expect_host(context, l3.run_to_exit(op), l2, ExitCode.SVM_EXIT_EXCP_BASE + vector)
 
 
-@scenario(needs=[nested_svm], axes={"paging": PAGING}, levels=3)
+@scenario(needs=[nested_svm], axes={"paging": PAGING}, levels=3, lifecycle=LIFECYCLES)
 def test_l3_computes_and_faults(context: Context, paging: str) -> None:
     """L3 computes in memory of its own, and its page faults are its own."""
     machine, _, l3 = _levels(context, paging)

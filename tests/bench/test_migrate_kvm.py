@@ -23,12 +23,15 @@ from harness.errors import HarnessError, HostError
 from harness.facts import HostView, nested_svm
 from harness.host.local import LocalHost
 from harness.machine.memory import PAGE_SIZE
+from harness.migrate.errors import LinkLost
 from harness.migrate.shape import backings_of
 
 pytestmark = pytest.mark.kvm
 
 TINY = Size(memory_mib=32, dirty_pages=5)
 FILLED = (32 - 1) * 256 // 2
+RESTS = range(5, 5 + 17)
+"""With page tables, which some CPUs write to."""
 FIGURES = {"pages", "size_bytes", "round_ns", "rest_pages", "downtime_ns", "capture_ns"}
 
 
@@ -57,7 +60,7 @@ def test_c_moves_a_machine_and_says_so_in_json(c_side, link):
         assert set(said) == FIGURES
         assert FILLED <= said["pages"] <= FILLED + 16
         assert said["size_bytes"] > said["pages"] * PAGE_SIZE
-        assert said["rest_pages"] == 5
+        assert said["rest_pages"] in RESTS
         assert said["round_ns"] > 0
         assert said["downtime_ns"] > said["capture_ns"] > 0
 
@@ -89,7 +92,8 @@ def test_both_sides_send_the_same_pages_again_and_again(bench, link):
     for c_first in (True, False):
         c, python = bench.compare(link, c_first=c_first)
         assert abs(c.pages - python.pages) <= 16
-        assert c.rest_pages == python.rest_pages == TINY.dirty_pages
+        assert c.rest_pages in RESTS
+        assert python.rest_pages in RESTS
         assert python.size_bytes > python.pages * PAGE_SIZE
         assert min(python.round_s, python.downtime_s, c.round_s, c.downtime_s) > 0
 
@@ -103,7 +107,7 @@ def test_the_guest_dirties_its_pages_and_no_others(bench):
         for at in range(0, len(before), PAGE_SIZE)
         if backing[at : at + PAGE_SIZE] != before[at : at + PAGE_SIZE]
     ]
-    assert changed == [256, 258, 260, 262, 264]
+    assert [page for page in changed if page >= 256] == [256, 258, 260, 262, 264]
     assert struct.unpack_from("<Q", backing, 1 << 20)[0] == 256 + 2
 
 
@@ -114,11 +118,8 @@ def test_other_memory_at_the_destination_is_an_error(bench, monkeypatch):
 
 
 def test_a_destination_process_that_fails_is_an_error(bench, monkeypatch):
-    def tcp(kvm):
-        return LINKS["tcp"](kvm)
-
     monkeypatch.setattr(migrate_links.sys, "executable", "/bin/false")
-    with pytest.raises(Exception, match="lost"):
+    with pytest.raises(LinkLost):
         bench.in_python("tcp")
     bench.load.dirty()  # the machine goes on
 

@@ -50,7 +50,7 @@ def test_the_figures_come_in_one_order(c_first):
     ("plain", "python"),
     [
         (True, figures(pages=1017)),
-        (True, figures(rest_pages=65)),
+        (True, figures(rest_pages=81)),
         (True, figures(rest_pages=63)),
         (False, figures(rest_pages=63)),
     ],

@@ -57,6 +57,41 @@ def test_more_than_the_kernel_holds(ends):
     writer.join()
 
 
+def test_what_was_read_ahead_is_not_lost(ends):
+    one, other = ends
+    data = os.urandom(100_000)
+    one.write(data)
+    found = other.read(7)
+    assert other.received_bytes == len(found) == 7
+    assert other.has_input()
+    buffer = memoryview(bytearray(len(data)))
+    while len(found) < len(data):
+        size = len(data) - len(found)
+        count = other.readinto(buffer[: min(size, 60_000)])
+        found += buffer[:count]
+    assert found == data
+    assert other.received_bytes == len(data)
+    assert not other.has_input()
+
+
+def test_a_buffer_gets_what_is_for_it_and_the_rest_stays(ends):
+    one, other = ends
+    one.write(b"for the buffer, and the rest")
+    buffer = memoryview(bytearray(14))
+    assert other.readinto(buffer) == 14
+    assert bytes(buffer) == b"for the buffer"
+    assert other.received_bytes == 14
+    assert other.has_input()
+    assert other.read(100) == b", and the rest"
+
+
+def test_the_end_is_a_lost_link_for_a_buffer_too(ends):
+    one, other = ends
+    one.close()
+    with pytest.raises(LinkLost, match="the other end closed it"):
+        other.readinto(memoryview(bytearray(4)))
+
+
 def test_the_end_is_a_lost_link(ends):
     one, other = ends
     other.close()

@@ -7,7 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.machine.memory import PAGE_SIZE
-from harness.migrate.memory_image import RUN_PAGES, Run, not_zero, populated, runs
+from harness.migrate.memory_image import (
+    RUN_PAGES,
+    Run,
+    filled_runs,
+    not_zero,
+    populated,
+    populated_runs,
+    runs,
+)
 
 PAGES = 3000
 """Several pieces of pagemap, the last of them shorter."""
@@ -48,3 +56,19 @@ def test_a_page_that_was_only_read_holds_nothing():
 )
 def test_runs(pages, found):
     assert list(runs(1, pages)) == found
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.dictionaries(st.integers(0, 63), st.sampled_from([0, 1, 7, 4095]), max_size=20))
+def test_what_holds_anything_of_a_run(written):
+    data = bytearray(64 * PAGE_SIZE)
+    for page, offset in written.items():
+        data[page * PAGE_SIZE + offset] = 1
+    found = filled_runs(Run(2, 100, 64), bytes(data))
+    assert list(found) == list(runs(2, [100 + page for page in sorted(written)]))
+
+
+def test_runs_of_a_mapping_are_no_longer_than_may_be():
+    with mmap.mmap(-1, 600 * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as backing:
+        backing[:] = b"\1" * len(backing)
+        assert list(populated_runs(3, backing)) == list(runs(3, range(600)))

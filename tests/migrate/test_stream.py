@@ -1,5 +1,6 @@
 """The format: what is written is read again, and nothing else is."""
 
+import contextlib
 import io
 import json
 import struct
@@ -33,6 +34,7 @@ from harness.migrate.stream import (
     Section,
     StreamReader,
     StreamWriter,
+    expect_inside,
     parse_json,
     unpack_pages,
     unpack_parts,
@@ -475,3 +477,95 @@ def test_a_header_that_is_none(body):
     assert "section 0 (HEAD at offset 0x10): malformed" in refusal(
         seal([Raw(b"HEAD", body), *SECTIONS[1:]])
     )
+
+
+# Many sections in one write; pages straight into memory
+
+
+def written(pages, *, gathered):
+    writes = []
+
+    class Sink:
+        def write(self, data):
+            writes.append(bytes(data))
+
+    writer = StreamWriter(Sink())
+    with writer.gathered() if gathered else contextlib.nullcontext():
+        for first, count in pages:
+            writer.pages(Run(0, first, count), bytes([first]) * (count * PAGE))
+        assert not gathered or writer.written_bytes >= sum(map(len, writes))
+    assert writer.written_bytes == sum(map(len, writes))
+    return writes
+
+
+PAGES = [(1, 1), (3, 1), (5, 1), (20, 100), (130, 1)]
+
+
+def test_gathered_sections_are_the_same_bytes_in_fewer_writes():
+    one_by_one, gathered = (written(PAGES, gathered=how) for how in (False, True))
+    assert b"".join(gathered) == b"".join(one_by_one)
+    assert len(gathered) < len(PAGES) < len(one_by_one)
+
+
+def test_an_error_while_sections_are_gathered_writes_none_of_them():
+    sink = io.BytesIO()
+    writer = StreamWriter(sink)
+
+    def fail_on_the_way():
+        with writer.gathered():
+            writer.pages(Run(0, 1, 1), bytes(PAGE))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_on_the_way()
+    assert len(sink.getvalue()) == 16
+
+
+def sections_in_place(data, memory, source=io.BytesIO):
+    def place(section, run):
+        expect_inside(section, run, (len(memory),))
+        return memoryview(memory)[run.first * PAGE : run.end * PAGE]
+
+    return StreamReader(source(data), place).sections()
+
+
+def with_pages(first, count):
+    sink = io.BytesIO()
+    writer = StreamWriter(sink)
+    writer.head({})
+    writer.pages(Run(0, first, count), b"\x11" * (count * PAGE))
+    return sink.getvalue()
+
+
+class OnlyRead:
+    """A source that has nothing but what `Source` asks for, and gives little at a time."""
+
+    def __init__(self, data):
+        self._file = io.BytesIO(data)
+
+    def read(self, size):
+        return self._file.read(min(size, 1000))
+
+
+@pytest.mark.parametrize("source", [io.BytesIO, OnlyRead])
+def test_pages_go_where_they_are_wanted(source):
+    memory = bytearray(6 * PAGE)
+    sections = sections_in_place(with_pages(2, 3), memory, source)
+    assert next(sections).pages is None
+    assert next(sections).pages == Run(0, 2, 3)
+    assert memory == bytes(2 * PAGE) + b"\x11" * (3 * PAGE) + bytes(PAGE)
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (with_pages(4, 3), "section 1 .*: pages 4..6 of mapping 0 are outside memory"),
+        (with_pages(2, 3)[:-1] + b"\0", "section 1 .*: checksum of the body is wrong"),
+        (with_pages(2, 3)[:-1], "section 1 .*: cut off after 12287 of 12288 bytes"),
+    ],
+)
+def test_pages_that_cannot_be_placed(data, why):
+    sections = sections_in_place(data, bytearray(6 * PAGE))
+    next(sections)
+    with pytest.raises(StreamError, match=why):
+        next(sections)

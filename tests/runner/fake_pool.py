@@ -47,7 +47,9 @@ class FakeSession:
     def __init__(self, pool):
         self.pool = pool
 
-    def call(self, target, *, timeout_s, on_event, module, name, values, source=None):
+    def call(
+        self, target, *, timeout_s, on_event, module, name, values, source=None, lifecycle=None
+    ):
         assert target == "harness.inside:run_case"
         assert source == Path(module).read_text()
         case = name.removeprefix("test_")

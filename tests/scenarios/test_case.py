@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import harness.scenarios
 from harness.facts import nested_svm
-from harness.scenarios.case import Case, Scenario, cases_of, scenario, scenario_of
+from harness.scenarios.case import LIFECYCLES, Case, Scenario, cases_of, scenario, scenario_of
 
 
 def some_claim(context, **values):
@@ -65,6 +65,25 @@ def test_cases_are_all_combinations_in_order():
         "function[path=b,n=1]",
         "function[path=b,n=2]",
     ]
+
+
+def test_a_lifecycle_is_an_axis_where_there_are_several():
+    both = declare(axes={"npt": (True, False)}, lifecycle=LIFECYCLES)
+    assert [dict(case.values) for case in cases_of(both)] == [
+        {"npt": True, "lifecycle": "fresh"},
+        {"npt": True, "lifecycle": "restored"},
+        {"npt": False, "lifecycle": "fresh"},
+        {"npt": False, "lifecycle": "restored"},
+    ]
+    assert [case.id for case in cases_of(declare())] == ["function"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"lifecycle": ("fresh", "aged")}, {"axes": {"lifecycle": ("fresh",)}}]
+)
+def test_a_lifecycle_that_there_is_not_is_refused(options):
+    with pytest.raises(TypeError, match="is no lifecycle"):
+        declare(**options)
 
 
 @given(

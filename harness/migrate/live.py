@@ -120,7 +120,7 @@ class _Sending:
     def run(self, sides: Sides | None, stop: Callable[[], None] | None) -> Sent:
         with contextlib.ExitStack() as paused:
             with self._talking("offering the machine", within_s=self.options.welcome_s):
-                writer = StreamWriter(self.sink)
+                writer = StreamWriter(self.sink, page_checksums=self.options.page_checksums)
                 write_head(writer, self.machine)
                 expect(self.link, Say.WELCOME)
             with tracker_of(self.machine, self.options.tracking) as tracker:

@@ -31,6 +31,8 @@ class Options:
     """The same by time; a round that has begun is finished."""
     bytes_per_s: float | None = None
     """What the link may be used for while the machine runs; by default all it can."""
+    page_checksums: bool = False
+    """Have a checksum of every run of pages, see `stream`; for links that are not to be trusted."""
     stall_s: float = 30.0
     """The link is lost if no byte moves for so many seconds."""
     welcome_s: float = 30.0

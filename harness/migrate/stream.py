@@ -1,13 +1,17 @@
 """The stream that a machine travels in: what its bytes mean.
 
-A stream is the 8 bytes of `MAGIC`, `VERSION` (2 bytes), 6 bytes of zero, and sections; nothing
-comes after the last one. All numbers are little-endian. A section is a header and a body::
+A stream is the 8 bytes of `MAGIC`, `VERSION` (2 bytes), flags (2 bytes), 4 bytes of zero, and
+sections; nothing comes after the last one. All numbers are little-endian. The only flag is
+`PAGES_UNCHECKED` (1): the checksum of a PAGE's body is 0, and not looked at. Live migration sets
+it, for a link that carries bytes (TCP, UNIX sockets, pipes, SSH) has checks of its own or needs
+none, and at both ends this checksum takes as long as the copy; files never have it. A section is a
+header and a body::
 
     offset  size  header
          0     4  tag, four letters
          4     4  sequence number, from 0
          8     8  bytes of the body, at most what `LONGEST` says for the tag
-        16     4  CRC-32 (zlib's) of the body
+        16     4  CRC-32 (zlib's) of the body, or 0, see above
         20     4  CRC-32 of the 20 bytes before
 
     tag    body
@@ -48,7 +52,10 @@ from harness.migrate.memory_image import RUN_PAGES, Run
 MAGIC: Final = b"NSVMMIGR"
 VERSION: Final = 1
 
-_START: Final = struct.Struct("<8sH6s")
+PAGES_UNCHECKED: Final = 1
+"""A flag: PAGEs have no checksum of their body."""
+
+_START: Final = struct.Struct("<8sHH4s")
 _HEADER: Final = struct.Struct("<4sIQI")
 _CRC: Final = struct.Struct("<I")
 _PAGE_HEADER: Final = struct.Struct("<IIQ")
@@ -126,14 +133,16 @@ class StreamWriter:
     Every method raises StreamError for what no reader would take.
     """
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, *, page_checksums: bool = True) -> None:
         self._sink = sink
+        self._page_checksums = page_checksums
         self.sections = 0
         self.written_bytes = 0
         self._gathers = False
         self._pieces: list[bytes | memoryview] = []
         self._pieces_bytes = 0
-        self._put(_START.pack(MAGIC, VERSION, bytes(6)))
+        flags = 0 if page_checksums else PAGES_UNCHECKED
+        self._put(_START.pack(MAGIC, VERSION, flags, bytes(4)))
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
@@ -178,8 +187,9 @@ class StreamWriter:
         if size > LONGEST[tag]:
             raise StreamError(f"a {tag.decode()} of {size} bytes: {_at_most(tag)}")
         crc = 0
-        for piece in pieces:
-            crc = zlib.crc32(piece, crc)
+        if tag != PAGE or self._page_checksums:
+            for piece in pieces:
+                crc = zlib.crc32(piece, crc)
         header = _HEADER.pack(tag, self.sections, size, crc)
         self._put(header + _CRC.pack(zlib.crc32(header)), *pieces)
         self.sections += 1
@@ -230,13 +240,16 @@ class StreamReader:
         self._filling = source if isinstance(source, FillingSource) else None
         self.offset = 0
         self._number = 0
-        magic, version, zero = _START.unpack(self._take(_START.size, "the start"))
+        magic, version, flags, zero = _START.unpack(self._take(_START.size, "the start"))
         if magic != MAGIC:
             raise StreamError(f"not a machine's stream: it starts with {magic!r}")
         if version != VERSION:
             raise StreamError(f"stream version {version}, this harness reads {VERSION}")
+        if flags & ~PAGES_UNCHECKED:
+            raise StreamError(f"the start: unknown flags {flags:#x}")
         if any(zero):
             raise StreamError(f"the start: {zero.hex(' ')} where zeroes must be")
+        self._page_checksums = not flags & PAGES_UNCHECKED
 
     def sections(self) -> Iterator[Section]:
         """Yield the sections, DONE being the last.
@@ -278,7 +291,8 @@ class StreamReader:
             raise StreamError(f"{what}: {size} bytes, {_at_most(tag)}")
         in_place = tag == PAGE and self._place is not None and size > _PAGE_HEADER.size
         body = self._take(_PAGE_HEADER.size if in_place else size, what)
-        section, found = Section(tag, number, start, body), zlib.crc32(body)
+        checked = tag != PAGE or self._page_checksums
+        section, found = Section(tag, number, start, body), zlib.crc32(body) if checked else 0
         if in_place:
             section, found = self._placed(section, size, found)
         if found != crc:
@@ -293,7 +307,7 @@ class StreamReader:
         buffer = self._place(section, run)
         self._fill(buffer, section.where)
         placed = Section(section.tag, section.number, section.offset, section.body, run)
-        return placed, zlib.crc32(buffer, crc)
+        return placed, zlib.crc32(buffer, crc) if self._page_checksums else crc
 
     def _fill(self, buffer: memoryview, what: str) -> None:
         done, size = 0, len(buffer)

@@ -10,6 +10,7 @@ import pytest
 from forged_stream import (
     PAGE,
     SHAPE,
+    SOURCE,
     Mutator,
     Raw,
     seal,
@@ -81,6 +82,41 @@ def head(**changes):
 
 
 # Round trips
+
+
+def unchecked():
+    """The pages of `VALID` and no more, without checksums."""
+    sink = io.BytesIO()
+    writer = StreamWriter(sink, page_checksums=False)
+    writer.head({"source": SOURCE, "shape": SHAPE.to_json()})
+    writer.pages(Run(0, 1, 1), bytes([7]) * PAGE)
+    writer.vm(vm_parts())
+    for number in range(SHAPE.vcpus):
+        writer.vcpu(number, vcpu_parts())
+    writer.done()
+    return sink.getvalue()
+
+
+def test_pages_without_checksums_are_read_all_the_same():
+    found = read(unchecked())
+    assert sorted(found.pages) == [(0, 1)]
+    assert found.state.vm == vm_parts()
+
+
+def test_without_checksums_only_the_bytes_of_pages_are_believed():
+    data = unchecked()
+    page = data.index(bytes([7]) * PAGE)
+    seen = set()
+    for at in range(0, len(data), 7):
+        flipped = bytearray(data)
+        flipped[at] ^= 0x10
+        if page <= at < page + PAGE:
+            read(bytes(flipped))
+            seen.add("page")
+        else:
+            refusal(bytes(flipped))
+            seen.add("other")
+    assert seen == {"page", "other"}
 
 
 def test_all_that_is_written_is_read():
@@ -245,7 +281,9 @@ def test_random_bodies_with_right_checksums_are_refused_in_one_line(number, body
         (b"", "the start: cut off after 0 of 16 bytes"),
         (b"x" * 16, "not a machine's stream: it starts with b'xxxxxxxx'"),
         (MAGIC + b"\2\0" + bytes(6), "stream version 2, this harness reads 1"),
-        (MAGIC + b"\1\0" + bytes(5) + b"\1", "the start: 00 00 00 00 00 01 where zeroes must be"),
+        (MAGIC + b"\1\0\2\0" + bytes(4), "the start: unknown flags 0x2"),
+        (MAGIC + b"\1\0\0\1" + bytes(4), "the start: unknown flags 0x100"),
+        (MAGIC + b"\1\0" + bytes(5) + b"\1", "the start: 00 00 00 01 where zeroes must be"),
     ],
 )
 def test_a_wrong_start(data, line):

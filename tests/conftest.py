@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from harness.errors import NsvmError
+from harness.host.bundle import build_images
 from harness.host.cache import cache_dir
 from harness.host.kernels import resolve
 from harness.host.qemu import QEMU
@@ -22,6 +23,14 @@ def kvm():
         pytest.skip("no /dev/kvm on this machine")
     with Kvm() as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def carried_images():
+    """Have the guest images where `load_image` finds them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NSVM_IMAGES", str(build_images()))
+        yield
 
 
 @pytest.fixture(scope="session", params=KERNELS)

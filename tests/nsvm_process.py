@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,18 @@ def wait_until(condition, what, deadline_s=DEADLINE_S):
         assert time.monotonic() < until, f"waited {deadline_s} s: {what}"
         time.sleep(0.02)
     return answer
+
+
+def nsvm(*arguments, **environment):
+    """Run `nsvm` to its end, as a user does; return it with its output."""
+    return subprocess.run(
+        [sys.executable, "-m", "harness", *map(str, arguments)],
+        cwd=tree_root(),
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
 
 
 class Nsvm:

@@ -65,7 +65,7 @@ def command(
     refusal is an answer), 2 a host broke.
     """
     require_writable(json_file)
-    if (moves is None) == (specs is None):
+    if moves is not None and specs is not None:
         raise click.UsageError("one of --storm and --matrix, please")
     if link is not None and (specs is None or not live):
         raise click.UsageError("--link goes with --matrix and --live")
@@ -74,14 +74,15 @@ def command(
         report = _matrix(specs, places, live, shape)
         verdict = _matrix_verdict(report["rows"])
         show = _print_matrix
-    else:
-        assert moves is not None
+    elif moves is not None:
         choice = host_choice(host, kernel, modules)
         with make_host(choice, log=_log) as where:
             options = {"levels": levels, "npt": not shadow, "tracking": tracking, "seed": seed}
             report = _storm(where, moves, options)
         verdict = Verdict(report["verdict"])
         show = _print_storm
+    else:
+        raise click.UsageError("one of --storm and --matrix, please")
     if json_file is not None:
         write_json(json_file, report)
     if json_file is None or str(json_file) != "-":

@@ -47,7 +47,12 @@ CARRIED = (
 )
 
 #: What the agent imports before it forks, so that no call pays for it again.
-PRELOAD = ("harness.inside", "harness.shell.console")
+PRELOAD = (
+    "harness.inside",
+    "harness.shell.console",
+    "harness.scenarios.twins",
+    "harness.storm.calls",
+)
 
 
 @dataclass(frozen=True)

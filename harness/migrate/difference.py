@@ -14,6 +14,7 @@ from harness.migrate.fields import Fields, Value, state_fields
 from harness.migrate.memory_image import not_zero, populated
 from harness.migrate.shape import backings_of
 from harness.migrate.state import MachineState
+from harness.migrate.vcpu_parts import AFTER_RESET
 
 TIME: Final[Mapping[str, str]] = {
     r"vcpu\d+\.msrs\.0x10": "MSR_IA32_TSC goes on while a machine is moved",
@@ -88,17 +89,13 @@ def state_differences(
     return [difference for difference in found if not _is_as_after_reset(difference)]
 
 
-_AFTER_RESET: Final = {".msrs.0xc0000104": 1 << 32}
-"""What is not 0 after reset: MSR_AMD64_TSC_RATIO is 1.0."""
-
-
 def _is_as_after_reset(difference: Difference) -> bool:
     """Tell whether a value that only one of two has is what the other one has untold."""
     if difference.one is not None and difference.other is not None:
         return False
     value = difference.other if difference.one is None else difference.one
-    expected = (v for end, v in _AFTER_RESET.items() if difference.what.endswith(end))
-    return value == next(expected, 0)
+    names = {f".msrs.{index:#x}": reset for index, reset in AFTER_RESET.items()}
+    return value == next((v for end, v in names.items() if difference.what.endswith(end)), 0)
 
 
 _EVENT_DETAILS: Final = {

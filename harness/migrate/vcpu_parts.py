@@ -194,14 +194,14 @@ def _write_msrs(target: Target, data: bytes) -> None:
         values = values[taken + 1 :]
 
 
-_AFTER_RESET: Final[Mapping[int, int]] = {Msr.MSR_AMD64_TSC_RATIO: 1 << 32}
-"""What is not 0 after reset."""
+AFTER_RESET: Final[Mapping[int, int]] = {Msr.MSR_AMD64_TSC_RATIO: 1 << 32}
+"""MSRs that are not 0 after reset, where only some kernels know them: a ratio of 1.0."""
 
 
 def _note_refused_msr(target: Target, index: int, value: int) -> None:
     now = target.vcpu.get_msrs([index], skip_refused=True).get(index)
     # One that this kernel does not know holds what it has after reset.
-    if value == (_AFTER_RESET.get(index, 0) if now is None else now):
+    if value == (AFTER_RESET.get(index, 0) if now is None else now):
         return
     why = f"KVM_SET_MSRS refuses {value:#x}, " + (
         "and KVM_GET_MSRS does not know it" if now is None else f"it stays {now:#x}"

@@ -23,7 +23,7 @@ SAVE_S: Final = 240.0
 
 _WORKERS: Final = 2
 
-_VERDICTS: Final = {"NoTwin": "no twin", "ScenarioFailure": "differs"}
+_VERDICTS: Final = {"NoTwin": "no twin", "ScenarioFailure": "differs", "KvmError": "refused"}
 """By the exception that ended a call, the closest first."""
 
 Row = dict[str, Any]

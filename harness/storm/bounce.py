@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from harness.errors import HarnessError, HostError, NsvmError, ScenarioFailure
+from harness.errors import HostError, NsvmError, ScenarioFailure
 from harness.machine.machine import Machine
 from harness.migrate import live
 from harness.migrate.connections import connect_unix, listen_unix
 from harness.migrate.difference import memory_differences, state_differences
 from harness.migrate.dirty import Tracking
+from harness.migrate.errors import Refused
 from harness.migrate.links import Link
 from harness.migrate.precopy import Options
 from harness.migrate.state import MachineState, capture
@@ -36,6 +37,7 @@ from harness.proxy.machine import ProxyMachine
 from harness.storm.workload import MEMORY_MIB, TIMEOUT_S, Cut, Kind, Workload
 from kvm_ioctl.asm_kvm import NestedStateFlags, kvm_nested_state
 from kvm_ioctl.handles import Kvm
+from kvm_ioctl.request import KvmError
 
 SILENCE_S: Final = 120.0
 """So long nothing may happen."""
@@ -44,6 +46,9 @@ RING_BYTES: Final = 64 << 10
 
 _SHOWN: Final = 8
 _END_S: Final = 10.0
+_LOOK_S: Final = 0.01
+_LONGEST_ERROR: Final = 1500
+"""Characters: a report is one write of less than PIPE_BUF, even if each takes two bytes."""
 _LONGEST_WORK_S: Final = 0.05
 
 Emit = Callable[..., None]
@@ -190,9 +195,13 @@ class _Children:
         for pid in self._pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        for pid in self._pids:
-            os.waitpid(pid, 0)
         os.close(self._reports)
+        deadline = time.monotonic() + _END_S
+        left = list(self._pids)
+        while left := [pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0]:
+            if time.monotonic() > deadline:
+                raise HostError(f"storm: process {left[0]} does not end within {_END_S:g} s")
+            time.sleep(_LOOK_S)
 
     def watch(self, seen: _Seen, *, until: Callable[[], bool]) -> None:
         """Hand on what the processes report until there is enough.
@@ -219,7 +228,6 @@ class _Children:
         status = 1
         try:
             os.close(self._reports)
-            # One that was left alone ends with its parent's pipe, not before a minute of waiting.
             _Process(self._plan, index, self._places, self._writer).run()
             status = 0
         finally:
@@ -239,10 +247,13 @@ class _Process:
     def run(self) -> None:
         try:
             self._take_part()
+        except (ScenarioFailure, Refused, KvmError) as e:
+            # KVM's answer to something that must work.
+            self._report(error=str(e)[:_LONGEST_ERROR], failure=True)
         except NsvmError as e:
-            self._report(error=f"{e}", failure=isinstance(e, ScenarioFailure | HarnessError))
+            self._report(error=str(e)[:_LONGEST_ERROR], failure=False)
         except Exception:
-            self._report(error=traceback.format_exc(limit=8), failure=False)
+            self._report(error=traceback.format_exc()[-_LONGEST_ERROR:], failure=False)
 
     def _take_part(self) -> None:
         mine, other, end = self._index, 1 - self._index, 2

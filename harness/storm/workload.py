@@ -158,8 +158,6 @@ class Workload:
     def _go_on(self) -> list[Result] | VmExit:
         level = self.level
         if not self._under_way:
-            # Before it is sent: a cut in the midst of sending would be one between two steps.
-            level.make_current()
             self._under_way = True
             return level.start(self._program())
         if isinstance(level, GuestLevel) and level.exit is not None:

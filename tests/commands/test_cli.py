@@ -1,29 +1,17 @@
 """Used wrongly, or on a machine that lacks something: one line, status 2, no traceback."""
 
-import os
 import signal
 import subprocess
 import sys
 
 import pytest
+from nsvm_process import nsvm
 
 from harness import cli
 from harness.errors import HostError, HostLost
 from harness.host.bundle import tree_root
 from harness.host.kernels import Kernel
 from harness.host.qemu import QEMU
-
-
-def nsvm(*arguments, **environment):
-    """Run `nsvm` as a user does; return it with its output."""
-    return subprocess.run(
-        [sys.executable, "-m", "harness", *map(str, arguments)],
-        cwd=tree_root(),
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 def is_one_line(done, text):

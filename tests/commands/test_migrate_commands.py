@@ -1,28 +1,11 @@
 """`nsvm save`, `load`, `migrate`: at L1 on any /dev/kvm, with L2 and L3 on the emulated host."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from nsvm_process import nsvm
 
-from harness.host.bundle import tree_root
-
-DEADLINE_S = 900
-
-
-def nsvm(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "harness", *map(str, arguments)],
-        cwd=tree_root(),
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
-
-
-needs_kvm = pytest.mark.skipif(not os.path.exists("/dev/kvm"), reason="no /dev/kvm")
+needs_kvm = pytest.mark.usefixtures("kvm")
 
 
 @pytest.mark.kvm
@@ -117,7 +100,5 @@ def test_machines_go_from_kernel_to_kernel(tmp_path):
     report = json.loads(file.read_text())
     rows = {(row["place"], row["from"], row["to"], row["way"]): row for row in report["rows"]}
     assert len(rows) == 3 * 4 + 3 * 2
-    for place in ("l2-npt", "l3-shadow"):
-        for key, row in rows.items():
-            assert key[0] != place or row["verdict"] == "works", row
-    assert done.returncode in (0, 1)
+    assert [row for row in rows.values() if row["verdict"] != "works"] == []
+    assert done.returncode == 0

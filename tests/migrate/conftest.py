@@ -1,29 +1,13 @@
-import faulthandler
-import os
-import sys
-
 import pytest
-
-from kvm_ioctl.handles import Kvm
+from kvm_deadline import process_deadline
 
 DEADLINE_S = 120
 
 
 @pytest.fixture(autouse=True)
 def deadline():
-    """End the process, with all stacks, if a test hangs: nothing else gets out of KVM_RUN."""
-    faulthandler.dump_traceback_later(DEADLINE_S, exit=True, file=sys.__stderr__)
-    yield
-    faulthandler.cancel_dump_traceback_later()
-
-
-@pytest.fixture
-def kvm():
-    # Absent is a machine without KVM; there but unusable is a mistake, and Kvm() says which.
-    if not os.path.exists("/dev/kvm"):
-        pytest.skip("no /dev/kvm on this machine")
-    with Kvm() as opened:
-        yield opened
+    with process_deadline(DEADLINE_S):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,15 +3,13 @@
 import io
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
 from forged_stream import SHAPE, nested_in_l2, stream, vcpu_parts
+from nsvm_process import nsvm
 
 from harness.commands.inspect import command
-from harness.host.bundle import tree_root
 from harness.migrate.decode import flag_names
 from harness.migrate.inspect import as_json, blocks, compare, inspect_stream
 from kvm_ioctl.asm_kvm import (
@@ -200,16 +198,6 @@ def test_diff_says_so_with_its_status(files):
     found = json.loads(run(one, "--diff", other, "--json").output)
     assert {"what": "vcpu0.regs.rax", "one": 0, "other": 7} in found["differences"]
     assert found["excused"][0]["what"] == "vcpu1.msrs.0x10"
-
-
-def nsvm(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "harness", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=tree_root(),
-    )
 
 
 @pytest.mark.parametrize(

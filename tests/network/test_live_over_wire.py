@@ -191,10 +191,8 @@ def test_a_partition_during_the_pre_copy_is_noticed_and_the_source_goes_on(guest
             guest.machine.kvm, between, source=lambda link, data: link.sent_bytes > 100_000
         ) as (link, receiver),
     ):
-        started = time.monotonic()
         with pytest.raises(LinkLost, match=r"sending memory: link .* lost: nothing moved in time"):
             live.send(guest.machine, link, options=options)
-        assert 1.5 < time.monotonic() - started < 20
         guest.expect_unharmed()
         receiver.close()
         assert receiver.machine is None

@@ -6,22 +6,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import guest_images
 from harness.migrate.shape import BlankMachine, Shape
 from harness.proxy.checkpoint import CheckpointError, remember, resume
 from harness.proxy.level import Level
 from harness.proxy.machine import ProxyMachine
 from harness.proxy.program import load, store
 
-pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture(scope="session", autouse=True)
-def images():
-    directory = next(iter(guest_images.build_all().values())).parent
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NSVM_IMAGES", str(directory))
-        yield
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("carried_images")]
 
 
 @pytest.fixture

@@ -83,7 +83,8 @@ def test_every_place_goes_from_every_kernel_to_every_kernel():
     [
         (("NoTwin", "ScenarioFailure", "NsvmError"), "no twin"),
         (("ScenarioFailure", "NsvmError"), "differs"),
-        (("KvmError", "OSError"), "error"),
+        (("KvmError", "OSError"), "refused"),
+        (("HarnessError", "NsvmError"), "error"),
     ],
 )
 def test_what_cannot_be_saved_is_one_row(bases, verdict):

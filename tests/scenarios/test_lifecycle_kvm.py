@@ -2,14 +2,13 @@
 
 import pytest
 
-import guest_images
 from harness.inside import run_case
 from harness.migrate.errors import Refused
 from harness.scenarios import l2
 from harness.scenarios.case import FRESH, RESTORED
 from harness.scenarios.context import Context
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("carried_images")]
 
 SCENARIO = '''
 from harness.proxy.program import load, store
@@ -25,14 +24,6 @@ def test_memory_is_kept(context):
         context.expect("value", machine.l1.read(machine.l1.scratch), value)
     context.note("lived", lifecycle=context.lifecycle)
 '''
-
-
-@pytest.fixture(scope="module", autouse=True)
-def images():
-    directory = next(iter(guest_images.build_all().values())).parent
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NSVM_IMAGES", str(directory))
-        yield
 
 
 @pytest.fixture

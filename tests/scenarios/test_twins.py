@@ -3,10 +3,11 @@
 import re
 
 import pytest
-from nsvm_process import Nsvm
+from nsvm_process import Nsvm, wait_until
 
 from guest_images import build
 from harness.errors import ScenarioFailure
+from harness.machine.addresses import Gpa
 from harness.migrate.errors import Refused
 from harness.proxy.program import atomic_add, load, loop, rdmsr, store, wrmsr
 from harness.scenarios import twins
@@ -134,10 +135,13 @@ def test_a_running_guest_is_moved_and_counts_on(expect):
     def counts(machine, log):
         l1 = machine.l1
         l1.ping()
-        body = loop(4_000, [atomic_add(l1.scratch, 1)])
+        body = loop(10_000, [atomic_add(l1.scratch, 1)])
         thread = machine.in_thread(l1, lambda it: it.run(body, timeout_s=60))
+        # A word that is still 0 could be lost unnoticed.
+        counter = Gpa(l1.scratch)
+        wait_until(lambda: machine.memory.read_int(counter, 8), "the guest to count", 30)
         yield thread
-        log("loop", thread.join(10))
+        log("loop", thread.join(60))
 
     assert expect(counts) > 1
     with pytest.raises(ScenarioFailure, match="the moved twin's loop"):

@@ -11,11 +11,5 @@ def deadline():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def images():
-    """Have the guest images where `load_image` finds them."""
-    import guest_images
-
-    directory = next(iter(guest_images.build_all().values())).parent
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NSVM_IMAGES", str(directory))
-        yield directory
+def images(carried_images):
+    """Machines of proxies are made here."""

@@ -12,6 +12,17 @@
 #include <stdint.h>
 #include <sys/ioctl.h>
 
+#ifndef KVM_CAP_SREGS2			/* headers before Linux 5.14 */
+#define KVM_CAP_SREGS2		200
+struct kvm_sregs2 {
+	struct kvm_segment cs, ds, es, fs, gs, ss, tr, ldt;
+	struct kvm_dtable gdt, idt;
+	__u64 cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags, pdptrs[4];
+};
+#define KVM_GET_SREGS2		_IOR(KVMIO, 0xcc, struct kvm_sregs2)
+#define KVM_SET_SREGS2		_IOW(KVMIO, 0xcd, struct kvm_sregs2)
+#endif
+
 #define ARRAY_SIZE(a)		(sizeof(a) / sizeof((a)[0]))
 
 #define DEADLINE_S		120	/* of one request; SIGALRM ends the process */
@@ -38,6 +49,7 @@ struct vm {
 	size_t xsave_size;
 	struct kvm_regs regs;
 	struct kvm_sregs sregs;
+	struct kvm_sregs2 sregs2;
 	struct kvm_xcrs xcrs;
 	struct kvm_debugregs debugregs;
 	struct kvm_mp_state mp_state;

@@ -24,6 +24,7 @@ from harness.errors import HarnessError, HostError
 from harness.migrate import live
 from harness.migrate.connections import over_socket, pair
 from harness.migrate.links import Link
+from harness.migrate.same_process import SourceEnd, ends
 from kvm_ioctl.handles import Kvm
 
 END_S: Final = 60.0
@@ -54,6 +55,16 @@ def thrown_away(received: live.Received) -> Arrived:
 
 
 @contextlib.contextmanager
+def same_process(kvm: Kvm) -> Iterator[Ends]:
+    """Receive in this thread; memory is copied."""
+    ours: SourceEnd[live.Received]
+    ours, theirs = ends()
+    with ours:
+        ours.work = live.receiving(kvm, theirs)
+        yield ours, lambda: thrown_away(ours.received)
+
+
+@contextlib.contextmanager
 def threads(kvm: Kvm) -> Iterator[Ends]:
     """Have a thread of this process receive, over a socketpair."""
     ours, theirs = pair()
@@ -81,7 +92,12 @@ def tcp(kvm: Kvm) -> Iterator[Ends]:
         yield ends
 
 
-LINKS: Final = {"threads": threads, "processes": processes, "tcp": tcp}
+LINKS: Final = {
+    "same_process": same_process,
+    "threads": threads,
+    "processes": processes,
+    "tcp": tcp,
+}
 
 
 @contextlib.contextmanager

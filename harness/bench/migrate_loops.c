@@ -6,7 +6,8 @@
  * Reads one request per line and answers each with "ok " and one line of JSON, or "error TEXT":
  *
  *	migrate LINK MIB DIRTY	moves a machine of MIB MiB of which DIRTY pages are left when it is
- *				paused; LINK is threads, processes (over a socketpair) or tcp
+ *				paused; LINK is same_process (one thread, memcpy), threads or
+ *				processes (over a socketpair), or tcp
  *	state COUNT		takes the state of one vCPU and puts it into another, COUNT times
  *
  * The source of a migration is used again by the next one. What fails while a machine moves ends
@@ -29,7 +30,7 @@
 
 #include "kvm_vm.h"
 
-#define RUN_PAGES	256	/* RUN_PAGES of harness/migrate/memory_image.py */
+#define BATCH_PAGES	256	/* of harness/migrate/memory_image.py */
 
 /* The machine; as in migrate_load.py. */
 #define FIRST_BYTE	(1UL << 20)
@@ -42,10 +43,30 @@
 #define COMMIT	'c'
 #define RUNNING	'g'
 
-/* A run of pages on the link; 0 pages: that was all. */
+/* Pages that follow one another. */
 struct run {
 	uint64_t first;
 	uint64_t pages;
+};
+
+/* Runs on the link, at most BATCH_PAGES pages of them; 0 runs: that was all. */
+struct batch {
+	uint64_t count;
+	uint64_t pages;
+	struct run runs[BATCH_PAGES];
+};
+
+/* Of what is before the pages. */
+static size_t batch_bytes(const struct batch *batch)
+{
+	return offsetof(struct batch, runs) + batch->count * sizeof(batch->runs[0]);
+}
+
+/* Where pages go: over a link, or into the memory of a machine in this process. */
+struct way {
+	int fd;
+	struct vm *there;
+	struct batch batch;
 };
 
 struct figures {
@@ -54,6 +75,7 @@ struct figures {
 	uint64_t round_ns;
 	uint64_t rest_pages;
 	uint64_t downtime_ns;
+	uint64_t stopped_ns;	/* when */
 	uint64_t capture_ns;
 	uint64_t witness;	/* what the destination's memory holds */
 	uint64_t expected;	/* what ours does */
@@ -88,18 +110,28 @@ static void put_bytes(int fd, const void *data, size_t bytes)
 	put(fd, &piece, 1);
 }
 
-static void take(int fd, void *data, size_t bytes)
+static void take_all(int fd, struct iovec *pieces, int count)
 {
-	char *at = data;
-
-	while (bytes) {
-		ssize_t done = must(read(fd, at, bytes), "receiving");
+	while (count) {
+		ssize_t done = must(readv(fd, pieces, count), "receiving");
 
 		if (!done)
 			fail("the other end is gone");
-		at += done;
-		bytes -= done;
+		for (; count && (size_t)done >= pieces->iov_len; pieces++, count--)
+			done -= pieces->iov_len;
+		if (count) {
+			pieces->iov_base = (char *)pieces->iov_base + done;
+			pieces->iov_len -= done;
+		}
 	}
+}
+
+static void take(int fd, void *data, size_t bytes)
+{
+	struct iovec piece = { .iov_base = data, .iov_len = bytes };
+
+	if (bytes)
+		take_all(fd, &piece, 1);
 }
 
 static void say(int fd, char what)
@@ -132,6 +164,39 @@ static void keep_unlisted_msrs(struct vm *vm)
 			keep_msr(vm, ranges[i][0] + offset);
 }
 
+/* What the harness prefers, where it is offered. */
+static void get_sregs2(struct vm *vm)
+{
+	IOCTL(vm->vcpu, KVM_GET_SREGS2, &vm->sregs2);
+}
+
+static void set_sregs2(struct vm *vm)
+{
+	IOCTL(vm->vcpu, KVM_SET_SREGS2, &vm->sregs2);
+}
+
+static void *sregs2_data(struct vm *vm)
+{
+	return &vm->sregs2;
+}
+
+static uint64_t sregs2_bytes(struct vm *vm)
+{
+	return sizeof(vm->sregs2);
+}
+
+static const struct part sregs2_part = {
+	"sregs2", NULL, get_sregs2, set_sregs2, sregs2_data, sregs2_bytes,
+};
+
+static const struct part *best_part(struct vm *vm, const struct part *part)
+{
+	if (!strcmp(part->name, "sregs") &&
+	    ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_SREGS2) > 0)
+		return &sregs2_part;
+	return part;
+}
+
 /* Which parts there are is the same at both ends: it is the same kernel. */
 static int is_here(struct vm *vm, const struct part *part)
 {
@@ -149,7 +214,7 @@ static int prepare_parts(struct vm *vm, const struct part *parts[])
 			continue;
 		if (all_parts[i].prepare)
 			all_parts[i].prepare(vm);
-		parts[count++] = &all_parts[i];
+		parts[count++] = best_part(vm, &all_parts[i]);
 	}
 	keep_unlisted_msrs(vm);
 	return count;
@@ -229,38 +294,56 @@ static int is_zero(const char *page)
 	return !*page && !memcmp(page, page + 1, PAGE_BYTES - 1);
 }
 
-static void put_run(int fd, struct vm *vm, struct run *run, struct figures *figures)
+static struct iovec pages_of(struct vm *vm, const struct run *run)
 {
-	struct iovec pieces[] = {
-		{ run, sizeof(*run) },
-		{ vm->memory + run->first * PAGE_BYTES, run->pages * PAGE_BYTES },
+	return (struct iovec) {
+		vm->memory + run->first * PAGE_BYTES, run->pages * PAGE_BYTES,
 	};
-
-	if (!run->pages)
-		return;
-	figures->bytes += sizeof(*run) + run->pages * PAGE_BYTES;
-	put(fd, pieces, ARRAY_SIZE(pieces));
 }
 
-/* Joins pages to runs; a page that does not fit the run sends it. */
-static void add_page(int fd, struct vm *vm, struct run *run, uint64_t page, struct figures *figures)
+static void put_batch(struct way *way, struct vm *vm, struct figures *figures)
 {
-	if (run->pages && (page != run->first + run->pages || run->pages == RUN_PAGES)) {
-		put_run(fd, vm, run, figures);
-		run->pages = 0;
-	}
-	if (!run->pages)
-		run->first = page;
-	run->pages++;
+	struct iovec pieces[1 + BATCH_PAGES];
+	struct batch *batch = &way->batch;
+	uint64_t i;
+
+	if (!batch->count)
+		return;
+	pieces[0] = (struct iovec) { batch, batch_bytes(batch) };
+	for (i = 0; i < batch->count; i++)
+		pieces[1 + i] = pages_of(vm, &batch->runs[i]);
+	figures->bytes += batch->pages * PAGE_BYTES + pieces[0].iov_len;
+	if (!way->there)
+		put(way->fd, pieces, 1 + batch->count);
+	else
+		for (i = 0; i < batch->count; i++)
+			memcpy(pages_of(way->there, &batch->runs[i]).iov_base,
+			       pieces[1 + i].iov_base, pieces[1 + i].iov_len);
+	batch->count = batch->pages = 0;
 }
 
-static void send_all(int fd, struct vm *vm, struct figures *figures)
+/* Joins pages to runs and those to batches; a batch that is full is sent. */
+static void add_page(struct way *way, struct vm *vm, uint64_t page, struct figures *figures)
+{
+	struct batch *batch = &way->batch;
+	struct run *last;
+
+	if (batch->pages == BATCH_PAGES)
+		put_batch(way, vm, figures);
+	last = &batch->runs[batch->count - 1];
+	if (batch->count && page == last->first + last->pages)
+		last->pages++;
+	else
+		batch->runs[batch->count++] = (struct run) { page, 1 };
+	batch->pages++;
+}
+
+static void send_all(struct way *way, struct vm *vm, struct figures *figures)
 {
 	uint64_t page, pages = vm->memory_bytes / PAGE_BYTES;
 	size_t bytes = pages * sizeof(uint64_t);
 	uint64_t *entries = allocate(bytes);
 	int pagemap = must(open("/proc/self/pagemap", O_RDONLY), "/proc/self/pagemap");
-	struct run run = { 0 };
 
 	if (pread(pagemap, entries, bytes, (uintptr_t)vm->memory / PAGE_BYTES * 8) != (ssize_t)bytes)
 		fail("/proc/self/pagemap: cut off");
@@ -268,10 +351,10 @@ static void send_all(int fd, struct vm *vm, struct figures *figures)
 	for (page = 0; page < pages; page++) {
 		if (!(entries[page] & PRESENT_OR_SWAPPED) || is_zero(vm->memory + page * PAGE_BYTES))
 			continue;
-		add_page(fd, vm, &run, page, figures);
+		add_page(way, vm, page, figures);
 		figures->pages++;
 	}
-	put_run(fd, vm, &run, figures);
+	put_batch(way, vm, figures);
 	free(entries);
 }
 
@@ -327,18 +410,18 @@ static void collect(struct vm *vm, struct dirty *dirty)
 		IOCTL(vm->fd, KVM_CLEAR_DIRTY_LOG, &clear);
 }
 
-static void send_dirty(int fd, struct vm *vm, struct dirty *dirty, struct figures *figures)
+static void send_dirty(struct way *way, struct vm *vm, struct dirty *dirty,
+		       struct figures *figures)
 {
-	struct run run = { 0 };
 	uint64_t word;
 	size_t i;
 
 	for (i = 0; i < dirty->bytes / 8; i++)
 		for (word = dirty->all[i]; word; word &= word - 1) {
-			add_page(fd, vm, &run, i * 64 + __builtin_ctzll(word), figures);
+			add_page(way, vm, i * 64 + __builtin_ctzll(word), figures);
 			figures->rest_pages++;
 		}
-	put_run(fd, vm, &run, figures);
+	put_batch(way, vm, figures);
 }
 
 /* --- the destination --- */
@@ -350,15 +433,24 @@ struct destination {
 
 static void take_memory(int fd, struct vm *vm)
 {
-	struct run run;
+	struct iovec pieces[BATCH_PAGES];
+	struct batch batch;
+	uint64_t i;
 
 	for (;;) {
-		take(fd, &run, sizeof(run));
-		if (!run.pages)
+		take(fd, &batch, offsetof(struct batch, runs));
+		if (!batch.count)
 			return;
-		if ((run.first + run.pages) * PAGE_BYTES > vm->memory_bytes)
-			fail("pages outside memory");
-		take(fd, vm->memory + run.first * PAGE_BYTES, run.pages * PAGE_BYTES);
+		if (batch.count > BATCH_PAGES)
+			fail("%lu runs are too many", (unsigned long)batch.count);
+		take(fd, batch.runs, batch.count * sizeof(batch.runs[0]));
+		for (i = 0; i < batch.count; i++) {
+			if ((batch.runs[i].first + batch.runs[i].pages) * PAGE_BYTES >
+			    vm->memory_bytes)
+				fail("pages outside memory");
+			pieces[i] = pages_of(vm, &batch.runs[i]);
+		}
+		take_all(fd, pieces, batch.count);
 	}
 }
 
@@ -495,65 +587,96 @@ static void finish_io(struct vm *vm)
 	vm->run->immediate_exit = 0;
 }
 
-static void send_machine(int fd, struct figures *figures)
+static void copy_parts(struct vm *to, struct vm *from)
 {
-	struct vm_state state;
-	struct run end = { 0 };
-	struct dirty dirty;
-	uint64_t start;
+	int i;
 
-	expect(fd, READY);
-	track(&source, &dirty);
-	start = now_ns();
-	send_all(fd, &source, figures);
-	figures->round_ns = now_ns() - start;
-	collect(&source, &dirty);
-	run_to_port(&source);
-	start = now_ns();
-	finish_io(&source);
-	capture(&source, &state, source_parts, source_part_count);
-	figures->capture_ns = now_ns() - start;
-	collect(&source, &dirty);
+	for (i = 0; i < source_part_count; i++)
+		memcpy(source_parts[i]->data(to), source_parts[i]->data(from),
+		       source_parts[i]->bytes(from));
+}
+
+/* The source's part of it until it has nothing more to send. */
+static void send_machine(struct way *way, struct figures *figures, struct vm_state *state,
+			 struct dirty *dirty)
+{
 	/* Like this the rest is not counted in the bytes of the round. */
 	struct figures rest = { 0 };
-	send_dirty(fd, &source, &dirty, &rest);
+	uint64_t start;
+
+	track(&source, dirty);
+	start = now_ns();
+	send_all(way, &source, figures);
+	figures->round_ns = now_ns() - start;
+	collect(&source, dirty);
+	run_to_port(&source);
+	figures->stopped_ns = now_ns();
+	finish_io(&source);
+	capture(&source, state, source_parts, source_part_count);
+	figures->capture_ns = now_ns() - figures->stopped_ns;
+	collect(&source, dirty);
+	send_dirty(way, &source, dirty, &rest);
 	figures->rest_pages = rest.rest_pages;
-	untrack(&source, &dirty);
-	put_bytes(fd, &end, sizeof(end));
+}
+
+static void hand_over_by_link(int fd, struct figures *figures)
+{
+	struct way way = { .fd = fd };
+	struct batch end = { 0 };
+	struct vm_state state;
+	struct dirty dirty;
+
+	expect(fd, READY);
+	send_machine(&way, figures, &state, &dirty);
+	put_bytes(fd, &end, batch_bytes(&end));
 	put_state(fd, &source, &state, source_parts, source_part_count);
 	expect(fd, READY);
 	say(fd, COMMIT);
 	expect(fd, RUNNING);
-	figures->downtime_ns = now_ns() - start;
+	figures->downtime_ns = now_ns() - figures->stopped_ns;
+	untrack(&source, &dirty);
 	take(fd, &figures->witness, sizeof(figures->witness));
 	figures->expected = witness_of(&source);
 }
 
-static void await_destination(const char *link, pid_t child, pthread_t thread)
+static void hand_over_here(struct figures *figures)
+{
+	const struct part *parts[PART_COUNT];
+	struct vm_state state;
+	struct dirty dirty;
+	struct vm there;
+	struct way way = { .there = &there };
+
+	open_vm(&there, 1);
+	add_memory(&there, source.memory_bytes);
+	prepare_parts(&there, parts);
+	send_machine(&way, figures, &state, &dirty);
+	copy_parts(&there, &source);
+	restore(&there, &state, parts, source_part_count);
+	figures->downtime_ns = now_ns() - figures->stopped_ns;
+	untrack(&source, &dirty);
+	figures->witness = witness_of(&there);
+	figures->expected = witness_of(&source);
+	close_vm(&there);
+}
+
+static void await_destination(pid_t child, pthread_t thread)
 {
 	int status;
 
-	if (!strcmp(link, "threads")) {
+	if (!child)
 		pthread_join(thread, NULL);
-		return;
-	}
-	if (waitpid(child, &status, 0) != child || status)
+	else if (waitpid(child, &status, 0) != child || status)
 		fail("the destination failed");
 }
 
-static void migrate(const char *link, unsigned long mib, unsigned long dirty)
+static void hand_over_there(const char *link, struct figures *figures)
 {
-	struct destination destination = { .memory_bytes = mib << 20 };
-	struct figures figures = { 0 };
+	struct destination destination = { .memory_bytes = source.memory_bytes };
 	pthread_t thread = 0;
 	pid_t child = 0;
 	int ends[2];
 
-	if (!mib || mib > 1024)
-		fail("%lu MiB are no machine for this", mib);
-	if (strcmp(link, "threads") && strcmp(link, "processes") && strcmp(link, "tcp"))
-		fail("no link is called %s", link);
-	prepare_source(mib << 20, dirty);
 	if (!strcmp(link, "tcp"))
 		connect_tcp(ends);
 	else
@@ -564,9 +687,25 @@ static void migrate(const char *link, unsigned long mib, unsigned long dirty)
 		must(-pthread_create(&thread, NULL, receive, &destination), "pthread_create");
 	else
 		child = fork_destination(&destination, ends[0]);
-	send_machine(ends[0], &figures);
+	hand_over_by_link(ends[0], figures);
 	close(ends[0]);
-	await_destination(link, child, thread);
+	await_destination(child, thread);
+}
+
+static void migrate(const char *link, unsigned long mib, unsigned long dirty)
+{
+	struct figures figures = { 0 };
+	int here = !strcmp(link, "same_process");
+
+	if (!mib || mib > 1024)
+		fail("%lu MiB are no machine for this", mib);
+	if (!here && strcmp(link, "threads") && strcmp(link, "processes") && strcmp(link, "tcp"))
+		fail("no link is called %s", link);
+	prepare_source(mib << 20, dirty);
+	if (here)
+		hand_over_here(&figures);
+	else
+		hand_over_there(link, &figures);
 	if (figures.witness != figures.expected)
 		fail("the destination has other memory than the source");
 	printf("ok {\"pages\": %lu, \"size_bytes\": %lu, \"round_ns\": %lu, \"rest_pages\": %lu, "

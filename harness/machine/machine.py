@@ -30,6 +30,9 @@ _TSS_GPA = 0xFFFB_D000
 class Machine:
     """A VM with memory, an image and vCPUs that are ready to run it; use it in a `with`."""
 
+    _huge_pages = False
+    """Whether its memory is made of huge pages; which a kind of machine says of itself."""
+
     def __init__(
         self,
         kvm: Kvm,
@@ -222,7 +225,7 @@ class Machine:
     def _add_memory(self, size_bytes: int, smm: bool, advice: Sequence[int]) -> None:
         self._set_tss_addr()
         for ram in self._ram(size_bytes):
-            slot = self.memory.add(ram.gpa, ram.size_bytes, advice=advice)
+            slot = self.memory.add(ram.gpa, ram.size_bytes, advice=advice, huge=self._huge_pages)
             if smm:
                 self.memory.alias(slot, as_id=SMRAM_AS_ID)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from harness.machine.memory_lock import MemoryLock
 from kvm_ioctl.cstruct import CStruct
 
 PAGE_SIZE = mmap.PAGESIZE
+HUGE_PAGE_SIZE = 2 << 20
 _ZERO_PAGE = bytes(PAGE_SIZE)
 
 SMRAM_AS_ID = 1
@@ -54,8 +56,7 @@ class Slot:
     @property
     def hva(self) -> Hva:
         """Where the slot starts in this process."""
-        # The c_char is dropped at once: as long as it lives, the mapping cannot be closed.
-        return Hva(ctypes.addressof(ctypes.c_char.from_buffer(self.backing)))
+        return Hva(_address(self.backing))
 
     def __str__(self) -> str:
         return f"slot {self.number} (as_id {self.as_id}, {self.gpa:#x}-{self.end - 1:#x})"
@@ -83,6 +84,7 @@ class GuestMemory:
         as_id: int = 0,
         flags: int = 0,
         advice: Iterable[int] = (),
+        huge: bool = False,
     ) -> Slot:
         """Give the guest fresh zeroed memory.
 
@@ -92,6 +94,7 @@ class GuestMemory:
             as_id: address space; 1 is what a vCPU in SMM sees.
             flags: KVM_MEM_*.
             advice: `mmap.MADV_*` values for the whole mapping.
+            huge: make it of huge pages, if this machine has them.
 
         Raises GuestMemoryError: misaligned, empty, or in the way of another slot.
         Raises KvmError: KVM refused the slot.
@@ -99,7 +102,7 @@ class GuestMemory:
         """
         with self.lock:
             self._check_place(gpa, size_bytes, as_id)
-            backing = mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            backing = _huge(gpa, size_bytes) if huge else _anonymous(size_bytes)
             try:
                 for option in advice:
                     backing.madvise(option)
@@ -319,6 +322,32 @@ class GuestMemory:
             return ", there are no slots"
         nearest = min(slots, key=lambda s: min(abs(s.gpa - gpa), abs(s.end - 1 - gpa)))
         return f", nearest is {nearest}"
+
+
+def _anonymous(size_bytes: int) -> mmap.mmap:
+    return mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _huge(gpa: int, size_bytes: int) -> mmap.mmap:
+    """Return memory that KVM can map by huge pages: as far from such a boundary as `gpa` is.
+
+    (kvm_alloc_memslot_metadata: others count as disallow_lpage.) There is no way to ask for an
+    address, but mappings lie one below the other: one that fills the gap moves the next one down.
+    """
+    backing = _anonymous(size_bytes)
+    gap = (_address(backing) - gpa) % HUGE_PAGE_SIZE
+    if gap:
+        backing.close()
+        with _anonymous(gap):
+            backing = _anonymous(size_bytes)
+    with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+        backing.madvise(mmap.MADV_HUGEPAGE)
+    return backing
+
+
+def _address(backing: mmap.mmap) -> int:
+    # The c_char is dropped at once: as long as it lives, the mapping cannot be closed.
+    return ctypes.addressof(ctypes.c_char.from_buffer(backing))
 
 
 def _by_page(start: int, size_bytes: int) -> Iterator[tuple[int, int]]:

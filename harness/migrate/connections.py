@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from harness.migrate.errors import LinkLost
-from harness.migrate.links import Link
+from harness.migrate.links import FdLink, Link
 
 _RETRY_S: Final = 0.02
 _UNIX_BUFFER_BYTES: Final = 256 << 10
@@ -38,7 +38,7 @@ def over_socket(connected: socket.socket, name: str) -> Link:
     elif connected.family == socket.AF_UNIX:
         # TCP's grows by itself; with the usual one the two ends wake each other all the time.
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER_BYTES)
-    return Link(connected.fileno(), connected.fileno(), name, connected.close)
+    return FdLink(connected.fileno(), connected.fileno(), name, connected.close)
 
 
 def over_fds(read_fd: int, write_fd: int, name: str) -> Link:
@@ -48,7 +48,7 @@ def over_fds(read_fd: int, write_fd: int, name: str) -> Link:
         for fd in {read_fd, write_fd}:
             os.close(fd)
 
-    return Link(read_fd, write_fd, name, close)
+    return FdLink(read_fd, write_fd, name, close)
 
 
 def connect_unix(path: Path | str, timeout_s: float = 10.0) -> Link:

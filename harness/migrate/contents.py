@@ -8,9 +8,7 @@ from typing import Any, Final
 from harness.migrate import fingerprint
 from harness.migrate.errors import StreamError
 from harness.migrate.parts import check_parts
-from harness.migrate.shape import Shape
-from harness.migrate.state import VM_PARTS, MachineState
-from harness.migrate.stream import (
+from harness.migrate.sections import (
     HEAD,
     LONGEST,
     SIDE,
@@ -22,6 +20,8 @@ from harness.migrate.stream import (
     unpack_side,
     unpack_vcpu,
 )
+from harness.migrate.shape import Shape
+from harness.migrate.state import VM_PARTS, MachineState
 from harness.migrate.vcpu_parts import VCPU_PARTS
 
 MAX_SIDES: Final = 1024

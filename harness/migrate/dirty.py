@@ -18,11 +18,16 @@ from kvm_ioctl.linux_kvm import DirtyLogProtect, MemFlags
 DirtyPages = dict[int, set[int]]
 """Page numbers by the number of their mapping (`Shape.backings`)."""
 
-_WORD_BITS: Final = 64
-_FULL_WORD: Final = (1 << _WORD_BITS) - 1
-_WORD_BYTES: Final = _WORD_BITS // 8
+_PIECE_BYTES: Final = 512
+_NOTHING: Final = bytes(_PIECE_BYTES)
+"""A piece of a bitmap without a bit; most are, and comparing is the fastest way to find out."""
 _NOT_ZERO: Final = re.compile(rb"[^\0]+")
-"""Finds the few bytes of a bitmap that say anything; looking at every word takes long."""
+"""Finds the few bytes of a piece that say anything."""
+_BITS: Final = tuple(tuple(n for n in range(8) if byte >> n & 1) for byte in range(256))
+"""The numbers of the bits that are set, by byte."""
+
+SlotPages = tuple[int, int, Iterable[int]]
+"""The address space, the number of a slot, and pages in it."""
 
 
 class Tracking(Enum):
@@ -80,7 +85,7 @@ class DirtyTracker(ABC):
         """
         pages: DirtyPages = {}
         self._add(pages, self._take())
-        self._add(pages, self.machine.memory.take_written())
+        self._add(pages, _by_one(self.machine.memory.take_written()))
         return pages
 
     def _flag_slots(self) -> None:
@@ -95,19 +100,19 @@ class DirtyTracker(ABC):
         slots = self.machine.memory.all_slots()
         return [slot for slot in slots if (slot.as_id, slot.number) in self._flags]
 
-    def _add(self, pages: DirtyPages, written: Iterable[SlotPage]) -> None:
-        for as_id, number, page in written:
+    def _add(self, pages: DirtyPages, written: Iterable[SlotPages]) -> None:
+        for as_id, number, some in written:
             backing = self._backings.get((as_id, number))
             if backing is None:
                 raise MachineError(f"slot {number} (as_id {as_id}) came while pages were tracked")
-            pages.setdefault(backing, set()).add(page)
+            pages.setdefault(backing, set()).update(some)
 
     @abstractmethod
     def _switch(self, on: bool) -> None:
         """Tell the VM what is coming, or take that back."""
 
     @abstractmethod
-    def _take(self) -> Iterable[SlotPage]:
+    def _take(self) -> Iterable[SlotPages]:
         """Return what KVM found, and have it begin anew."""
 
 
@@ -142,15 +147,16 @@ class DirtyLog(DirtyTracker):
             how = DirtyLogProtect.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE if on else 0
             self.machine.vm.enable_cap(Cap.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, args=(how,))
 
-    def _take(self) -> Iterator[SlotPage]:
+    def _take(self) -> Iterator[SlotPages]:
         vm = self.machine.vm
         for slot in self._tracked():
             count = slot.size_bytes // PAGE_SIZE
             bitmap = vm.get_dirty_log(slot.number, count, slot.as_id)
-            if self.manual and bitmap.count(0) < len(bitmap):
+            if bitmap.count(0) == len(bitmap):
+                continue
+            if self.manual:
                 vm.clear_dirty_log(slot.number, bitmap, count, as_id=slot.as_id)
-            for page in set_bits(bitmap):
-                yield slot.as_id, slot.number, page
+            yield slot.as_id, slot.number, set_bits(bitmap)
 
 
 class DirtyRing(DirtyTracker):
@@ -170,8 +176,8 @@ class DirtyRing(DirtyTracker):
         # What is still queued is of the time before, or for nobody.
         self._rings.take()
 
-    def _take(self) -> Iterable[SlotPage]:
-        return self._rings.take()
+    def _take(self) -> Iterable[SlotPages]:
+        return _by_one(self._rings.take())
 
 
 def tracker_of(machine: Machine, tracking: Tracking | None = None) -> DirtyTracker:
@@ -184,27 +190,21 @@ def tracker_of(machine: Machine, tracking: Tracking | None = None) -> DirtyTrack
     return DirtyLog(machine) if tracking is Tracking.LOG else DirtyRing(machine)
 
 
+def _by_one(pages: Iterable[SlotPage]) -> Iterator[SlotPages]:
+    for as_id, number, page in pages:
+        yield as_id, number, (page,)
+
+
 def set_bits(bitmap: bytes | bytearray) -> Iterator[int]:
-    """Yield the numbers of the bits that are set; bit 0 of byte 0 is 0.
-
-    The bitmap is whole words of 64 bits, as KVM's are.
-    """
-    words, done = memoryview(bitmap).cast("Q"), 0
-    for found in _NOT_ZERO.finditer(bitmap):
-        first, past = found.start() // _WORD_BYTES, -(-found.end() // _WORD_BYTES)
-        for number in range(max(first, done), past):
-            yield from _bits_of(words[number], number * _WORD_BITS)
-        done = past
-
-
-def _bits_of(word: int, start: int) -> Iterator[int]:
-    if word == _FULL_WORD:
-        yield from range(start, start + _WORD_BITS)
-        return
-    while word:
-        lowest = word & -word
-        yield start + lowest.bit_length() - 1
-        word ^= lowest
+    """Yield the numbers of the bits that are set, in ascending order; bit 0 of byte 0 is 0."""
+    for at in range(0, len(bitmap), _PIECE_BYTES):
+        piece = bitmap[at : at + _PIECE_BYTES]
+        if piece == _NOTHING[: len(piece)]:
+            continue
+        for found in _NOT_ZERO.finditer(piece):
+            first = 8 * (at + found.start())
+            some = enumerate(found[0])
+            yield from [first + 8 * n + bit for n, byte in some for bit in _BITS[byte]]
 
 
 def count(pages: DirtyPages) -> int:

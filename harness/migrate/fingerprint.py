@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from harness.migrate.errors import Refused, StreamError
 from harness.migrate.offers import offers
-from harness.migrate.stream import shortened
+from harness.migrate.sections import shortened
 from kvm_ioctl.handles import Kvm
 
 ARCHITECTURE: Final = "x86_64"

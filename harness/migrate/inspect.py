@@ -13,9 +13,10 @@ from harness.migrate.contents import Contents
 from harness.migrate.decode import Block, vcpu_blocks
 from harness.migrate.difference import EXCUSED, Difference, field_differences
 from harness.migrate.fields import Fields, state_fields
+from harness.migrate.sections import PAGE, Section, unpack_pages
 from harness.migrate.shape import Shape
 from harness.migrate.state import MachineState
-from harness.migrate.stream import PAGE, Section, Source, StreamReader, unpack_pages
+from harness.migrate.stream import Source, StreamReader
 from harness.svm.vmcb_text import Row
 
 _ZERO_PAGE: Final = bytes(PAGE_SIZE)
@@ -65,10 +66,11 @@ def inspect_stream(source: Source) -> Inspection:
 
 
 def _take_pages(pages: Pages, section: Section, shape: Shape) -> None:
-    run, data = unpack_pages(section, shape.backings)
-    for number in range(run.count):
-        page = data[number * PAGE_SIZE : (number + 1) * PAGE_SIZE]
-        place = run.backing, run.first + number
+    batch, data = unpack_pages(section, shape.backings)
+    numbers = [first + n for first, count in batch.spans for n in range(count)]
+    for at, number in enumerate(numbers):
+        page = data[at * PAGE_SIZE : (at + 1) * PAGE_SIZE]
+        place = batch.backing, number
         # One that came before counts no more, whether this one is zero or not.
         pages.pop(place, None)
         if page != _ZERO_PAGE:

@@ -1,8 +1,8 @@
 """The way between two harnesses: bytes in both directions, and no wait without an end.
 
-A link is made of file descriptors, so that a socket, a pair of pipes or the standard streams of a
+`FdLink` is made of file descriptors, so that a socket, a pair of pipes or the standard streams of a
 child (`ssh HOST ...`) are all the same to those who talk over it. `connections` has ways to get
-one. A link serves one hand-over and is closed at its end.
+one, `same_process` has the other kind. A link serves one hand-over and is closed at its end.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from harness.migrate.errors import Cancelled, LinkLost
 
 _AHEAD_BYTES: Final = 32 << 10
 """Read at once where less is asked for: headers and messages come with what is behind them."""
+
+_MOST_PIECES: Final = 1024
+"""IOV_MAX of Linux."""
 
 _SLICE_S: Final = 0.05
 """How long a wait sleeps before it looks whether it was cancelled."""
@@ -47,38 +51,25 @@ class Cancel:
         self.check()
 
 
-class Link:
+class Link(ABC):
     """One end. Reads and writes what there is; raises LinkLost where there is nothing any more."""
 
-    def __init__(
-        self,
-        read_fd: int,
-        write_fd: int,
-        name: str,
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Take the descriptors, which may be one; they do not block from now on.
+    def __init__(self, name: str, close: Callable[[], None] = lambda: None) -> None:
+        """Begin.
 
         Args:
-            read_fd: where the other end's bytes come from.
-            write_fd: where ours go to.
             name: what messages call the other end.
-            close: how to close them.
+            close: what there is to do at the end.
 
         """
         self.name = name
         self.sent_bytes = 0
-        """Bytes that the kernel has taken. No other byte can ever arrive."""
+        """Bytes that are on their way. No other byte can ever arrive."""
         self.received_bytes = 0
         """Bytes that were read here; more may have been read ahead."""
-        self._read_fd, self._write_fd = read_fd, write_fd
-        self._ahead = memoryview(bytearray(_AHEAD_BYTES))
-        self._ahead_at = self._ahead_end = 0
         self._stack = contextlib.ExitStack()
         self._stack.callback(close)
         self._closed = False
-        for fd in {read_fd, write_fd}:
-            os.set_blocking(fd, False)
         self._what = "talking"
         self._stall_s = _DEFAULT_STALL_S
         self._until: float | None = None
@@ -110,30 +101,20 @@ class Link:
         finally:
             self._what, self._stall_s, self._until, self._cancel = before
 
+    @abstractmethod
     def read(self, size: int, /) -> bytes:
         """Return up to so many bytes, at least one.
 
         Raises LinkLost: the other end is gone, or silent for too long.
         Raises Cancelled: somebody wished so.
         """
-        if not self._ahead_bytes:
-            self._ahead_at, self._ahead_end = 0, self._receive([self._ahead])
-        return bytes(self._from_ahead(size))
 
-    def readinto(self, buffer: memoryview, /) -> int:
-        """Read up to as many bytes as the buffer has, at least one; return how many.
+    @abstractmethod
+    def fill(self, buffers: Sequence[memoryview], /) -> None:
+        """Fill all of the buffers.
 
         Raises as `read` does.
         """
-        if self._ahead_bytes:
-            found = self._from_ahead(len(buffer))
-            buffer[: len(found)] = found
-            return len(found)
-        count = self._receive([buffer, self._ahead])
-        self._ahead_at, self._ahead_end = 0, max(0, count - len(buffer))
-        count = min(count, len(buffer))
-        self.received_bytes += count
-        return count
 
     def write(self, data: bytes | bytearray | memoryview, /) -> None:
         """Send all of the bytes.
@@ -141,29 +122,18 @@ class Link:
         Raises LinkLost: the other end is gone, or takes nothing for too long.
         Raises Cancelled: somebody wished so.
         """
-        rest = memoryview(data)
-        deadline = self._deadline()
-        while rest:
-            if self._cancel is not None:
-                self._cancel.check()
-            try:
-                count = os.write(self._fd(self._write_fd), rest)
-            except BlockingIOError:
-                self._wait(self._write_fd, select.POLLOUT, deadline)
-                continue
-            except OSError as e:
-                raise self.lost(os.strerror(e.errno or 0)) from e
-            self.sent_bytes += count
-            rest = rest[count:]
-            deadline = self._deadline()
+        self.write_all([data])
 
+    @abstractmethod
+    def write_all(self, pieces: Sequence[bytes | bytearray | memoryview], /) -> None:
+        """Send all of the bytes of all pieces.
+
+        Raises as `write` does.
+        """
+
+    @abstractmethod
     def has_input(self, within_s: float = 0.0) -> bool:
         """Tell whether there is something to read now, the end included."""
-        if self._ahead_bytes:
-            return True
-        poll = select.poll()
-        poll.register(self._fd(self._read_fd), select.POLLIN)
-        return bool(poll.poll(within_s * 1000))
 
     def drain(self, within_s: float) -> None:
         """Throw away what comes, until the other end closes.
@@ -192,6 +162,88 @@ class Link:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check(self) -> None:
+        """Make sure that there is something to talk over, and that nobody wants it ended."""
+        if self._closed:
+            raise self.lost("it is closed")
+        if self._cancel is not None:
+            self._cancel.check()
+
+
+class FdLink(Link):
+    """One end that is made of file descriptors."""
+
+    def __init__(
+        self,
+        read_fd: int,
+        write_fd: int,
+        name: str,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Take the descriptors, which may be one; they do not block from now on.
+
+        Args:
+            read_fd: where the other end's bytes come from.
+            write_fd: where ours go to.
+            name: what messages call the other end.
+            close: how to close them.
+
+        """
+        super().__init__(name, close)
+        self._read_fd, self._write_fd = read_fd, write_fd
+        self._ahead = memoryview(bytearray(_AHEAD_BYTES))
+        self._ahead_at = self._ahead_end = 0
+        for fd in {read_fd, write_fd}:
+            os.set_blocking(fd, False)
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to so many bytes, at least one; see `Link.read`."""
+        if not self._ahead_bytes:
+            self._ahead_at, self._ahead_end = 0, self._receive([self._ahead])
+        return bytes(self._from_ahead(size))
+
+    def fill(self, buffers: Sequence[memoryview], /) -> None:
+        """Fill all of the buffers; see `Link.fill`."""
+        rest = list(buffers)
+        while rest:
+            if self._ahead_bytes:
+                found = self._from_ahead(len(rest[0]))
+                rest[0][: len(found)] = found
+                _advance(rest, len(found))
+                continue
+            some = rest[: _MOST_PIECES - 1]
+            size = sum(map(len, some))
+            count = self._receive([*some, self._ahead])
+            self._ahead_at, self._ahead_end = 0, max(0, count - size)
+            count = min(count, size)
+            self.received_bytes += count
+            _advance(rest, count)
+
+    def write_all(self, pieces: Sequence[bytes | bytearray | memoryview], /) -> None:
+        """Send all of the bytes of all pieces; see `Link.write`."""
+        rest = [memoryview(piece) for piece in pieces]
+        deadline = self._deadline()
+        while rest:
+            self._check()
+            try:
+                count = os.writev(self._write_fd, rest[:_MOST_PIECES])
+            except BlockingIOError:
+                self._wait(self._write_fd, select.POLLOUT, deadline)
+                continue
+            except OSError as e:
+                raise self.lost(os.strerror(e.errno or 0)) from e
+            self.sent_bytes += count
+            _advance(rest, count)
+            deadline = self._deadline()
+
+    def has_input(self, within_s: float = 0.0) -> bool:
+        """Tell whether there is something to read now, the end included."""
+        if self._ahead_bytes:
+            return True
+        poll = select.poll()
+        poll.register(self._fd(self._read_fd), select.POLLIN)
+        return bool(poll.poll(within_s * 1000))
 
     def _fd(self, fd: int) -> int:
         if self._closed:
@@ -238,3 +290,14 @@ class Link:
                 raise self.lost("nothing moved in time")
             if poll.poll(min(left, _SLICE_S) * 1000):
                 return
+
+
+def _advance(buffers: list[memoryview], count: int) -> None:
+    """Take so many bytes away from the beginning; empty buffers go with them."""
+    done = 0
+    while done < len(buffers) and count >= len(buffers[done]):
+        count -= len(buffers[done])
+        done += 1
+    del buffers[:done]
+    if count:
+        buffers[0] = buffers[0][count:]

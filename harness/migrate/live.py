@@ -21,24 +21,28 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from harness.machine.errors import MachineError
 from harness.machine.machine import Machine
 from harness.machine.vcpu import MachineVcpu
-from harness.migrate.dirty import tracker_of
+from harness.migrate.dirty import DirtyTracker, tracker_of
 from harness.migrate.errors import HandoverUnknown, LinkLost, Refused, StreamError
 from harness.migrate.handover import Message, Say, expect, put
 from harness.migrate.links import Cancel, Link
 from harness.migrate.orders import DEFAULT
 from harness.migrate.precopy import Options, PacedSink, PreCopy, Round
+from harness.migrate.same_process import DestinationEnd, SourceEnd
+from harness.migrate.sections import HEAD, PAGE
 from harness.migrate.shape import Shape
 from harness.migrate.state import MachineState, capture
-from harness.migrate.stream import HEAD, StreamReader, StreamWriter
+from harness.migrate.stream import StreamReader, StreamWriter
 from harness.migrate.transfer import Loaded, Loader, write_head, write_state
 from kvm_ioctl.handles import Kvm
+from kvm_ioctl.linux_kvm import MemFlags
+from kvm_ioctl.request import KvmError
 
 Sides = Callable[[], Mapping[str, Any]]
 """Returns what the machine's user needs to go on, by name; called while the machine is paused."""
@@ -115,18 +119,23 @@ class _Sending:
     def __init__(self, machine: Machine, link: Link, options: Options, cancel: Cancel) -> None:
         self.machine, self.link, self.options, self.cancel = machine, link, options, cancel
         self.sink = PacedSink(link, options.bytes_per_s, cancel, self._hear_refusal)
-        self.shape = Shape.of(machine)
+        self.shape = _untracked(machine)
+        self.committed = False
 
     def run(self, sides: Sides | None, stop: Callable[[], None] | None) -> Sent:
         with contextlib.ExitStack() as paused:
             with self._talking("offering the machine", within_s=self.options.welcome_s):
-                writer = StreamWriter(self.sink, page_checksums=self.options.page_checksums)
+                writer = StreamWriter(
+                    self.sink, page_checksums=self.options.page_checksums, bring=self.sink.bring
+                )
                 write_head(writer, self.machine)
                 expect(self.link, Say.WELCOME)
-            with tracker_of(self.machine, self.options.tracking) as tracker:
+            with self._tracking() as tracker:
                 copy = PreCopy(self.machine, writer, tracker, self.options)
                 with self._talking("sending memory", stall_s=self.options.stall_s):
                     copy.run()
+                    if isinstance(self.link, SourceEnd):
+                        self.link.catch_up()
                 if stop is not None:
                     stop()
                 self.machine.pause(self.options.pause_s)
@@ -137,16 +146,21 @@ class _Sending:
                     state = capture(self.machine)
                     given = sides() if sides else {}
                     copy.finish()
-            self._check_shape()
-            with self._talking("sending the state", stall_s=self.options.stall_s):
-                write_state(writer, state)
-                for name, data in given.items():
-                    writer.side(name, data)
-                writer.done()
-            with self._talking("waiting for READY", within_s=self.options.ready_s):
-                expect(self.link, Say.READY)
-            self.cancel.check()
-            self._commit(paused.pop_all())
+                self._check_shape()
+                with (
+                    self._talking("sending the state", stall_s=self.options.stall_s),
+                    writer.gathered(),
+                ):
+                    write_state(writer, state)
+                    for name, data in given.items():
+                        writer.side(name, data)
+                    writer.done()
+                with self._talking("waiting for READY", within_s=self.options.ready_s):
+                    expect(self.link, Say.READY)
+                self.cancel.check()
+                self._commit(paused.pop_all())
+                # The tracking ends after that: the slots of a machine that is gone can wait.
+                downtime_s = time.monotonic() - stopped
         *rounds, rest = copy.rounds
         return Sent(
             self.machine,
@@ -155,12 +169,13 @@ class _Sending:
             rest,
             copy.converged,
             self.link.sent_bytes,
-            time.monotonic() - stopped,
+            downtime_s,
         )
 
     def _commit(self, paused: contextlib.ExitStack) -> None:
         """Give the machine away; `paused` is only left if the destination cannot have it."""
         whole = self.link.sent_bytes + len(Message(Say.COMMIT).encode())
+        self.committed = True
         try:
             with self.link.during("handing over", within_s=self.options.commit_s):
                 put(self.link, Say.COMMIT)
@@ -195,9 +210,27 @@ class _Sending:
         # READY is not due yet, so it is a refusal, or an error of its own.
         expect(self.link, Say.REFUSED)
 
+    @contextlib.contextmanager
+    def _tracking(self) -> Iterator[DirtyTracker]:
+        tracker = tracker_of(self.machine, self.options.tracking)
+        tracker.__enter__()
+        try:
+            yield tracker
+        finally:
+            # Whose machine it is does not depend on that any more.
+            unimportant = (KvmError,) if self.committed else ()
+            with contextlib.suppress(*unimportant):
+                tracker.__exit__()
+
     def _check_shape(self) -> None:
-        if Shape.of(self.machine) != self.shape:
+        if _untracked(self.machine) != self.shape:
             raise MachineError("memory slots came or went while the machine was being sent")
+
+
+def _untracked(machine: Machine) -> Shape:
+    """Return a machine's shape without the flags that tracking sets."""
+    shape, log = Shape.of(machine), MemFlags.KVM_MEM_LOG_DIRTY_PAGES
+    return replace(shape, slots=tuple(replace(s, flags=s.flags & ~log) for s in shape.slots))
 
 
 @dataclass
@@ -255,15 +288,43 @@ def receive(
     Raises Cancelled: somebody wished so.
 
     """
+    work = receiving(
+        kvm,
+        link,
+        order=order,
+        dirty_ring_bytes=dirty_ring_bytes,
+        patience=patience,
+        cancel=cancel,
+    )
+    while True:
+        try:
+            next(work)
+        except StopIteration as e:
+            received: Received = e.value
+            return received
+
+
+def receiving(
+    kvm: Kvm,
+    link: Link,
+    *,
+    order: Sequence[str] = DEFAULT,
+    dirty_ring_bytes: int = 0,
+    patience: Patience | None = None,
+    cancel: Cancel | None = None,
+) -> Generator[None, None, Received]:
+    """Do what `receive` does, yielding wherever the source has to do something first."""
     limits = patience or Patience()
     with link:
+        yield
         try:
             with Loader(kvm, order=order, dirty_ring_bytes=dirty_ring_bytes) as loader:
-                loaded = _load(link, loader, limits, cancel)
+                loaded = yield from _load(link, loader, limits, cancel)
             with contextlib.ExitStack() as made:
                 made.callback(loaded.machine.close)
                 with link.during("waiting for COMMIT", within_s=limits.commit_s, cancel=cancel):
                     put(link, Say.READY)
+                    yield
                     expect(link, Say.COMMIT)
                 made.pop_all()
         except Exception as e:
@@ -274,12 +335,22 @@ def receive(
         return Received(**vars(loaded), pages=loader.pages, acknowledged=acknowledged)
 
 
-def _load(link: Link, loader: Loader, limits: Patience, cancel: Cancel | None) -> Loaded:
+def _load(
+    link: Link, loader: Loader, limits: Patience, cancel: Cancel | None
+) -> Generator[None, None, Loaded]:
+    came = None
+    if isinstance(link, DestinationEnd):
+        link.place, came = loader.place, link.came
     with link.during("receiving the machine", stall_s=limits.stall_s, cancel=cancel):
-        for section in StreamReader(link, loader.place).sections():
+        for section in StreamReader(link, loader.place, came).sections():
             loader.take(section)
             if section.tag == HEAD:
                 put(link, Say.WELCOME)
+                yield
+            elif came is not None and section.tag == PAGE and not link.has_input():
+                # The source goes on in this thread, and stops the machine next.
+                loader.rehearse()
+                yield
         return loader.finish()
 
 

@@ -1,4 +1,4 @@
-"""Moving a machine within this process the way that live migration does: from thread to thread."""
+"""Moving a machine within this process the way that live migration does."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from harness.errors import HarnessError
 from harness.machine.machine import Machine
-from harness.migrate.connections import pair
+from harness.migrate import same_process
 from harness.migrate.links import Cancel, Link
-from harness.migrate.live import Received, Sent, Sides, receive, send
+from harness.migrate.live import Received, Sent, Sides, receive, receiving, send
 from harness.migrate.orders import DEFAULT
 from harness.migrate.precopy import Options
+from harness.migrate.same_process import SourceEnd
 from kvm_ioctl.handles import Kvm
 
 _END_S = 30.0
@@ -39,15 +40,25 @@ def hand_over(
     order: Sequence[str] = DEFAULT,
     links: tuple[Link, Link] | None = None,
 ) -> Handed:
-    """Send a machine, and receive it in another thread. `go_on` is to be called, or both closed.
+    """Send a machine, and receive it. `go_on` is to be called, or both closed.
 
-    The new VM has dirty rings if the old one has.
+    By default this thread does both, and copies memory (`same_process`); with `links`, the two ends
+    of one, another thread receives. The new VM has dirty rings if the old one has.
 
     Raises whatever `live.send` and `live.receive` do; the source's error first.
     """
-    ours, theirs = links or pair()
     rings = machine.dirty_rings
-    receiver = _Receiver(machine.kvm, theirs, order, rings.size_bytes if rings else 0)
+    dirty_ring_bytes = rings.size_bytes if rings else 0
+    if links is None:
+        source: SourceEnd[Received]
+        source, destination = same_process.ends()
+        source.work = receiving(
+            machine.kvm, destination, order=order, dirty_ring_bytes=dirty_ring_bytes
+        )
+        sent = send(machine, source, sides=sides, options=options)
+        return Handed(sent, source.received)
+    ours, theirs = links
+    receiver = _Receiver(machine.kvm, theirs, order, dirty_ring_bytes)
     receiver.start()
     try:
         sent = send(machine, ours, sides=sides, options=options)

@@ -1,4 +1,4 @@
-"""A machine's memory as runs of pages."""
+"""A machine's memory as spans of pages, and those in batches."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import mmap
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from harness.machine.memory import PAGE_SIZE
 
-RUN_PAGES: Final = 256
-"""The most pages in one run; 1 MiB."""
+BATCH_PAGES: Final = 256
+"""The most pages that travel together; 1 MiB."""
 
 _PAGEMAP_ENTRY = 8
 _TOP_BYTE, _PRESENT_OR_SWAPPED = 7, 3 << 6
@@ -22,24 +21,42 @@ _HAS_PAGE: Final = bytes(1 if byte & _PRESENT_OR_SWAPPED else 0 for byte in rang
 _ZERO_PAGE: Final = bytes(PAGE_SIZE)
 _ZERO_PAGES: Final = 16
 _MANY_ZEROES: Final = bytes(_ZERO_PAGES * PAGE_SIZE)
+_PYBUF_WRITE: Final = 0x200
+_MEMORY_VIEW: Final = ctypes.pythonapi.PyMemoryView_FromMemory
+_MEMORY_VIEW.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
+_MEMORY_VIEW.restype = ctypes.py_object
 
 # One byte a page, looked at by what is written in C: memory has hundreds of thousands.
-_PIECES: Final = re.compile(rb"[^\0]{1,%d}" % RUN_PAGES)
+_PIECES: Final = re.compile(rb"[^\0]{1,%d}" % BATCH_PAGES)
+
+Span = tuple[int, int]
+"""Pages that follow one another: the number of the first one in the mapping, and how many."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """Pages of one mapping that follow one another."""
+class Batch(NamedTuple):
+    """Spans of one mapping that travel together: in ascending order, at most `BATCH_PAGES`."""
 
     backing: int
-    first: int
-    """The first page's number in the mapping."""
-    count: int
+    spans: tuple[Span, ...]
 
     @property
-    def end(self) -> int:
-        """The number of the first page past it."""
-        return self.first + self.count
+    def pages(self) -> int:
+        """How many pages there are."""
+        return sum([count for _, count in self.spans])
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes they have."""
+        return self.pages * PAGE_SIZE
+
+    def views(self, memory: memoryview) -> list[memoryview]:
+        """Return the pages of each span.
+
+        Args:
+            memory: the whole mapping.
+
+        """
+        return [memory[at * PAGE_SIZE : (at + count) * PAGE_SIZE] for at, count in self.spans]
 
 
 def populated(backing: mmap.mmap) -> list[int]:
@@ -47,11 +64,11 @@ def populated(backing: mmap.mmap) -> list[int]:
 
     Raises OSError: there is no /proc/self/pagemap.
     """
-    return [page for run in populated_runs(0, backing) for page in range(run.first, run.end)]
+    return [page for at, count in populated_spans(backing) for page in range(at, at + count)]
 
 
-def populated_runs(number: int, backing: mmap.mmap) -> Iterator[Run]:
-    """Yield the same as runs of mapping `number`.
+def populated_spans(backing: mmap.mmap) -> Iterator[Span]:
+    """Yield the same as spans of at most `BATCH_PAGES`.
 
     Raises OSError: there is no /proc/self/pagemap.
     """
@@ -59,35 +76,37 @@ def populated_runs(number: int, backing: mmap.mmap) -> Iterator[Run]:
     pages = len(backing) // PAGE_SIZE
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         data = os.pread(file.fileno(), pages * _PAGEMAP_ENTRY, address // PAGE_SIZE * 8)
-    return _flagged(number, 0, data[_TOP_BYTE::_PAGEMAP_ENTRY].translate(_HAS_PAGE))
+    return _flagged(0, data[_TOP_BYTE::_PAGEMAP_ENTRY].translate(_HAS_PAGE))
 
 
-def filled_runs(run: Run, data: bytes) -> Iterator[Run]:
-    """Yield what of a run holds anything but zeroes.
+def filled_spans(memory: memoryview, span: Span) -> Iterator[Span]:
+    """Yield what of a span holds anything but zeroes.
 
     Args:
-        run: of at most RUN_PAGES.
-        data: what is in its pages.
+        memory: the whole mapping.
+        span: of at most `BATCH_PAGES`.
 
     """
+    first, count = span
+    end = (first + count) * PAGE_SIZE
     # Most pages that hold anything do not begin with a zero.
-    flags = bytearray(data[::PAGE_SIZE])
+    flags = bytearray(memory[first * PAGE_SIZE : end : PAGE_SIZE])
     page = flags.find(0)
     while page >= 0:
-        at, step = page * PAGE_SIZE, 1
+        at, step = (first + page) * PAGE_SIZE, 1
         # Zeroes come in great numbers, where they were only read.
-        if data.startswith(_MANY_ZEROES, at):
+        if memory[at : min(at + len(_MANY_ZEROES), end)].tobytes() == _MANY_ZEROES:
             step = _ZERO_PAGES
-        elif not data.startswith(_ZERO_PAGE, at):
+        elif memory[at : at + PAGE_SIZE].tobytes() != _ZERO_PAGE:
             flags[page] = 1
         page = flags.find(0, page + step)
-    return _flagged(run.backing, run.first, flags)
+    return _flagged(first, flags)
 
 
-def _flagged(number: int, first: int, flags: bytes | bytearray) -> Iterator[Run]:
-    """Yield the runs of pages, counted from `first`, whose byte is not 0."""
+def _flagged(first: int, flags: bytes | bytearray) -> Iterator[Span]:
+    """Yield the spans of pages, counted from `first`, whose byte is not 0."""
     for found in _PIECES.finditer(flags):
-        yield Run(number, first + found.start(), found.end() - found.start())
+        yield first + found.start(), found.end() - found.start()
 
 
 def not_zero(backing: mmap.mmap, pages: Iterable[int]) -> Iterator[int]:
@@ -98,15 +117,39 @@ def not_zero(backing: mmap.mmap, pages: Iterable[int]) -> Iterator[int]:
             yield page
 
 
-def runs(backing: int, pages: Iterable[int]) -> Iterator[Run]:
-    """Join pages, in ascending order, into runs of at most RUN_PAGES."""
+def spans(pages: Iterable[int]) -> Iterator[Span]:
+    """Join pages, in ascending order, into spans of at most `BATCH_PAGES`."""
     first = count = 0
     for page in pages:
-        if count and page == first + count and count < RUN_PAGES:
+        if count and page == first + count and count < BATCH_PAGES:
             count += 1
             continue
         if count:
-            yield Run(backing, first, count)
+            yield first, count
         first, count = page, 1
     if count:
-        yield Run(backing, first, count)
+        yield first, count
+
+
+def batches(backing: int, found: Iterable[Span]) -> Iterator[Batch]:
+    """Put spans, in ascending order and each of at most `BATCH_PAGES`, into batches.
+
+    None is split: with long ones, batches are of one span each.
+    """
+    together: list[Span] = []
+    pages = 0
+    for span in found:
+        if pages + span[1] > BATCH_PAGES:
+            yield Batch(backing, tuple(together))
+            together, pages = [], 0
+        together.append(span)
+        pages += span[1]
+    if together:
+        yield Batch(backing, tuple(together))
+
+
+def view_of(mapping: mmap.mmap) -> memoryview:
+    """Return a mapping's bytes without keeping it from being closed; not to be used after that."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    view: memoryview = _MEMORY_VIEW(address, len(mapping), _PYBUF_WRITE)
+    return view

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 DEFAULT: Final = (
@@ -93,3 +95,81 @@ def moved(name: str, order: tuple[str, ...] = DEFAULT) -> Iterator[tuple[str, ..
         changed = ("cpuid", *rest[:at], name, *rest[at:])
         if changed != order:
             yield changed
+
+
+_TRIES: Final = 12
+"""Orders that each of `covering` is the best of."""
+
+Fact = tuple[str, int | str]
+"""Of an order: a part and its place, or a part and one that comes after it."""
+
+
+def covering() -> list[tuple[str, ...]]:
+    """Return few orders in which every part has every place that the constraints leave to it.
+
+    And of every two parts each is the first one somewhere, unless a constraint says which it is.
+    They keep all constraints, and are the same ones every time.
+    """
+    chance = random.Random(0)
+    missing, found = _possible(), list[tuple[str, ...]]()
+    while missing:
+        part, what = min(missing, key=str)
+        # Where it is as early as can be, all others come after it that may.
+        place = what if isinstance(what, int) else _places(part).start
+        tries = [_with(part, place, chance) for _ in range(_TRIES)]
+        found.append(max(tries, key=lambda order: len(missing & _facts(order))))
+        missing -= _facts(found[-1])
+    return found
+
+
+def breaking() -> Iterator[tuple[Constraint, tuple[str, ...]]]:
+    """Yield for each constraint, but that CPUID comes first, an order that does not keep it.
+
+    It is the default one with one part in another place, and breaks as little else as can be.
+    """
+    for constraint in CONSTRAINTS:
+        if constraint.first != "cpuid":
+            orders = [*moved(constraint.first), *moved(constraint.second)]
+            broken = [order for order in orders if constraint in broken_by(order)]
+            yield constraint, min(broken, key=lambda order: len(broken_by(order)))
+
+
+def _possible() -> set[Fact]:
+    """Return what is so in any order that keeps the constraints."""
+    parts = DEFAULT[1:]
+    places: set[Fact] = {(part, place) for part in parts for place in _places(part)}
+    return places | {(a, b) for a in parts for b in parts if a != b and b not in _before(a)}
+
+
+def _facts(order: Sequence[str]) -> set[Fact]:
+    pairs = {(a, b) for at, a in enumerate(order) for b in order[at + 1 :]}
+    return pairs | set(zip(order, range(len(order)), strict=False))
+
+
+@cache
+def _before(part: str) -> frozenset[str]:
+    """Return the parts that must be restored before one, CPUID included."""
+    first = frozenset(c.first for c in CONSTRAINTS if c.second == part)
+    return first.union(*map(_before, first))
+
+
+def _places(part: str) -> range:
+    """Return the places where a part may be."""
+    after = sum(part in _before(other) for other in DEFAULT)
+    return range(len(_before(part)), len(DEFAULT) - after)
+
+
+def _with(part: str, place: int, chance: random.Random) -> tuple[str, ...]:
+    """Return any order that keeps the constraints and has a part in a place."""
+    order: list[str] = []
+    while len(order) < len(DEFAULT):
+        ready = [it for it in DEFAULT if it not in order and _before(it) <= {*order}]
+        needed = _before(part) - {*order}
+        if len(order) == place:
+            ready = [part]
+        elif len(order) < place:
+            ready = [it for it in ready if it != part]
+            if len(needed) == place - len(order):
+                ready = [it for it in ready if it in needed]
+        order.append(chance.choice(ready))
+    return tuple(order)

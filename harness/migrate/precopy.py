@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from harness.machine.machine import Machine
 from harness.migrate.dirty import DirtyPages, DirtyTracker, Tracking, count, join
 from harness.migrate.links import Cancel, Link
+from harness.migrate.memory_image import Batch
+from harness.migrate.same_process import SourceEnd
 from harness.migrate.shape import backings_of
-from harness.migrate.stream import StreamWriter
+from harness.migrate.stream import Bring, StreamWriter
 from harness.migrate.transfer import write_memory, write_pages
 
 _PACE_BYTES: Final = 64 << 10
@@ -76,16 +78,34 @@ class PacedSink:
 
     def write(self, data: bytes | bytearray | memoryview, /) -> None:
         """Take all of the bytes."""
+        self.write_all([data])
+
+    def write_all(self, pieces: Sequence[bytes | bytearray | memoryview], /) -> None:
+        """Take all of the bytes of all pieces."""
         if self._link.has_input():
             self._on_input()
         if self.bytes_per_s is None:
-            self._link.write(data)
+            self._link.write_all(pieces)
             return
-        whole = memoryview(data)
+        whole = memoryview(b"".join(pieces))
         for at in range(0, len(whole), _PACE_BYTES):
             piece = whole[at : at + _PACE_BYTES]
             self._link.write(piece)
             self._pace(len(piece) / self.bytes_per_s)
+
+    @property
+    def bring(self) -> Bring | None:
+        """What takes pages to a destination in this process, no faster than allowed."""
+        link = self._link
+        if not isinstance(link, SourceEnd):
+            return None
+
+        def bring(batch: Batch, pages: Sequence[memoryview]) -> None:
+            link.bring(batch, pages)
+            if self.bytes_per_s is not None:
+                self._pace(batch.size_bytes / self.bytes_per_s)
+
+        return bring
 
     def _pace(self, seconds: float) -> None:
         now = time.monotonic()

@@ -18,7 +18,7 @@ from harness.machine.memory import PAGE_SIZE
 from harness.machine.vcpu import MachineVcpu
 from harness.migrate.errors import Refused, StreamError
 from harness.migrate.offers import offers
-from harness.migrate.stream import shortened
+from harness.migrate.sections import shortened
 from kvm_ioctl.capabilities import Cap
 from kvm_ioctl.handles import Kvm, Vm
 

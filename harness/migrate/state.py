@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 from harness.errors import HarnessError
 from harness.machine.machine import Machine
@@ -22,6 +21,7 @@ from kvm_ioctl.linux_kvm import KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqch
 from kvm_ioctl.request import KvmError
 
 Parts = Mapping[str, bytes]
+T_contra = TypeVar("T_contra", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,11 @@ def capture(machine: Machine, indices: Sequence[int] | None = None) -> MachineSt
     wants_whole_events(machine.vm)
     for runner in machine.vcpus:
         runner.finish_io()
+    return read_state(machine, indices)
+
+
+def read_state(machine: Machine, indices: Sequence[int] | None = None) -> MachineState:
+    """Take the state of a machine without pending I/O; else as `capture`, and raises KvmError."""
     notes: Notes = []
     offered = offers(machine.kvm)
     if indices is not None:
@@ -166,28 +171,36 @@ def restore(machine: Machine, state: MachineState, order: Sequence[str]) -> list
     if sorted(order) != sorted(VCPU_PARTS):
         raise HarnessError(f"an order has each of {', '.join(VCPU_PARTS)}; got {', '.join(order)}")
     notes: Notes = []
-    for part in VM_PARTS.values():
-        if part.name != "clock" and part.name in state.vm:
-            with _naming(part.name):
-                part.write(machine.vm, state.vm[part.name])
+    _write_parts("", VM_PARTS, machine.vm, state.vm, [n for n in VM_PARTS if n != "clock"])
     for runner, parts in zip(machine.vcpus, state.vcpus, strict=True):
         target = Target(runner.vcpu, offers(machine.kvm), machine.irqchip, notes)
-        for name in order:
-            if name in parts:
-                with _naming(f"vcpu {runner.index}: {name}"):
-                    VCPU_PARTS[name].write(target, parts[name])
-    if "clock" in state.vm:
-        with _naming("clock"):
-            VM_PARTS["clock"].write(machine.vm, state.vm["clock"])
+        _write_parts(f"vcpu {runner.index}: ", VCPU_PARTS, target, parts, order)
+    _write_parts("", VM_PARTS, machine.vm, state.vm, ["clock"])
     return notes
 
 
-@contextmanager
-def _naming(where: str) -> Iterator[None]:
-    """Turn what goes wrong into a refusal that says with which part."""
+class _Writable(Protocol[T_contra]):
+    """A part of the VM or of a vCPU."""
+
+    @property
+    def write(self) -> Callable[[T_contra, bytes], None]:
+        """Put its bytes there."""
+
+
+def _write_parts(
+    where: str,
+    known: Mapping[str, _Writable[T_contra]],
+    target: T_contra,
+    parts: Parts,
+    order: Sequence[str],
+) -> None:
+    """Write those parts that there are; what goes wrong is a refusal that says with which part."""
+    name = ""
     try:
-        yield
+        for name in order:
+            if name in parts:
+                known[name].write(target, parts[name])
     except KvmError as e:
-        raise Refused(f"{where}: {e}") from e
+        raise Refused(f"{where}{name}: {e}") from e
     except ValueError as e:
-        raise Refused(f"{where}: {e}") from None
+        raise Refused(f"{where}{name}: {e}") from None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 from harness.machine.machine import Machine
@@ -13,31 +13,25 @@ from harness.machine.memory import PAGE_SIZE
 from harness.migrate import fingerprint
 from harness.migrate.contents import Contents
 from harness.migrate.errors import StreamError
-from harness.migrate.memory_image import Run, filled_runs, populated_runs, runs
+from harness.migrate.memory_image import (
+    Batch,
+    Span,
+    batches,
+    filled_spans,
+    populated_spans,
+    spans,
+    view_of,
+)
 from harness.migrate.notes import Note
 from harness.migrate.orders import DEFAULT
+from harness.migrate.sections import DONE, HEAD, PAGE, Section, expect_inside, unpack_pages
 from harness.migrate.shape import BlankMachine, Shape, backings_of
-from harness.migrate.state import MachineState, capture, restore
-from harness.migrate.stream import (
-    DONE,
-    HEAD,
-    PAGE,
-    Section,
-    Sink,
-    Source,
-    StreamReader,
-    StreamWriter,
-    expect_inside,
-    unpack_pages,
-)
+from harness.migrate.state import MachineState, capture, read_state, restore
+from harness.migrate.stream import Sink, Source, StreamReader, StreamWriter
 from kvm_ioctl.handles import Kvm
 
 _POPULATE_PAGES: Final = 8
 _MADV_POPULATE_WRITE: Final = 23  # not in Python 3.11's mmap
-_PYBUF_WRITE: Final = 0x200
-_MEMORY_VIEW: Final = ctypes.pythonapi.PyMemoryView_FromMemory
-_MEMORY_VIEW.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-_MEMORY_VIEW.restype = ctypes.py_object
 
 
 def write_head(writer: StreamWriter, machine: Machine) -> None:
@@ -56,29 +50,27 @@ def write_memory(writer: StreamWriter, machine: Machine) -> int:
 
 
 def _write_filled(writer: StreamWriter, number: int, backing: mmap.mmap) -> int:
-    count = 0
-    with writer.gathered():
-        for run in populated_runs(number, backing):
-            data = backing[run.first * PAGE_SIZE : run.end * PAGE_SIZE]
-            for filled in filled_runs(run, data):
-                at = (filled.first - run.first) * PAGE_SIZE
-                whole = filled.count == run.count
-                size = filled.count * PAGE_SIZE
-                writer.pages(filled, data if whole else memoryview(data)[at : at + size])
-                count += filled.count
-    return count
+    memory = view_of(backing)
+    filled = chain.from_iterable(filled_spans(memory, span) for span in populated_spans(backing))
+    return _write_spans(writer, number, memory, filled)
 
 
 def write_pages(writer: StreamWriter, number: int, backing: mmap.mmap, pages: Iterable[int]) -> int:
     """Write pages of one mapping, in ascending order; return how many.
 
-    They may be written to meanwhile: what goes into the stream is a copy, checksum included.
+    They may be written to meanwhile, see `StreamWriter.pages`.
     """
+    return _write_spans(writer, number, view_of(backing), spans(pages))
+
+
+def _write_spans(
+    writer: StreamWriter, number: int, memory: memoryview, found: Iterable[Span]
+) -> int:
     count = 0
     with writer.gathered():
-        for run in runs(number, pages):
-            writer.pages(run, backing[run.first * PAGE_SIZE : run.end * PAGE_SIZE])
-            count += run.count
+        for batch in batches(number, found):
+            writer.pages(batch, batch.views(memory))
+            count += batch.pages
     return count
 
 
@@ -173,14 +165,24 @@ class Loader:
             self._machine = BlankMachine(
                 self._kvm, self._contents.shape, dirty_ring_bytes=self._dirty_ring_bytes
             )
-            self._views = [_view_of(mapping) for mapping in self._machine.mappings]
+            self._views = [view_of(mapping) for mapping in self._machine.mappings]
         elif section.pages is not None:
-            self.pages += section.pages.count
+            self.pages += section.pages.pages
         elif section.tag == PAGE:
-            run, data = unpack_pages(section, self._built().shape.backings)
-            self.place(section, run)[:] = data
-            self.pages += run.count
+            batch, data = unpack_pages(section, self._built().shape.backings)
+            at = 0
+            for view in self.place(section.where, batch):
+                view[:] = data[at : at + len(view)]
+                at += len(view)
+            self.pages += batch.pages
         return section.tag == DONE
+
+    def rehearse(self) -> None:
+        """Read the blank machine's state: what has to be fast soon was not used for long.
+
+        Copying memory drives everything else out of the CPU's caches. For ends in one process.
+        """
+        read_state(self._built())
 
     def finish(self) -> Loaded:
         """Put the state into the VM, and hand that over.
@@ -199,31 +201,27 @@ class Loader:
             raise StreamError("there is no header")
         return self._machine
 
-    def place(self, section: Section, run: Run) -> memoryview:
-        """Return the machine's memory of a run of pages.
+    def place(self, where: str, batch: Batch) -> list[memoryview]:
+        """Return the machine's memory of each span.
 
         Raises StreamError: there is no machine yet, or it has no such pages.
         """
         machine = self._built()
-        expect_inside(section, run, machine.shape.backings)
-        if run.count >= _POPULATE_PAGES and self._populates:
-            self._populate(machine.mappings[run.backing], run)
-        return self._views[run.backing][run.first * PAGE_SIZE : run.end * PAGE_SIZE]
+        expect_inside(where, batch, machine.shape.backings)
+        if self._populates:
+            self._populate(machine.mappings[batch.backing], batch.spans)
+        return batch.views(self._views[batch.backing])
 
-    def _populate(self, mapping: mmap.mmap, run: Run) -> None:
-        """Take memory for a run at once: a fault per page costs as much as the copy."""
+    def _populate(self, mapping: mmap.mmap, some: Sequence[Span]) -> None:
+        """Take memory for long spans at once: a fault per page costs as much as the copy."""
         try:
-            mapping.madvise(_MADV_POPULATE_WRITE, run.first * PAGE_SIZE, run.count * PAGE_SIZE)
+            for first, count in some:
+                if count >= _POPULATE_PAGES:
+                    at, size = first * PAGE_SIZE, count * PAGE_SIZE
+                    mapping.madvise(_MADV_POPULATE_WRITE, at, size)
         except OSError:
             # Before Linux 5.14. If memory is short, a fault says so later.
             self._populates = False
-
-
-def _view_of(mapping: mmap.mmap) -> memoryview:
-    """Return a mapping's bytes without keeping it from being closed; not to be used after that."""
-    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-    view: memoryview = _MEMORY_VIEW(address, len(mapping), _PYBUF_WRITE)
-    return view
 
 
 def load(kvm: Kvm, source: Source, *, order: Sequence[str] = DEFAULT) -> Loaded:

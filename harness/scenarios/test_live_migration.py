@@ -38,6 +38,8 @@ OPERATIONS: Final = 3_000_000
 TIMEOUT_S: Final = 60.0
 FILLED_BYTES_PER_S: Final = 4 << 20
 """So slow that rings fill up meanwhile."""
+FILLS: Final = 16
+"""How often the guest writes all pages: enough for more than one migration of that speed."""
 
 CONVERGES: Final = Options(few_pages=256)
 DOES_NOT: Final = Options(few_pages=-1, most_rounds=4)
@@ -138,7 +140,9 @@ def _fills(machine: ProxyMachine, log: Log, guest: str) -> Iterator[Stop]:
     level = _GUESTS[guest](machine)
     at = machine.pages.take(MANY_PAGES * PAGE)
     body = [fill(at, value, MANY_PAGES * PAGE) for value in (1, 2, 3)]
-    thread = machine.in_thread(level, lambda level: level.run(loop(60, body), timeout_s=TIMEOUT_S))
+    thread = machine.in_thread(
+        level, lambda level: level.run(loop(FILLS, body), timeout_s=TIMEOUT_S)
+    )
     yield thread
     log("the loop", thread.join(TIMEOUT_S))
     log("what it wrote", machine.memory.read(at, MANY_PAGES * PAGE))
@@ -155,6 +159,7 @@ def test_live_migration_with_full_dirty_rings(context: Context, guest: str) -> N
     live = _Live(context, Options(few_pages=MANY_PAGES * 2, bytes_per_s=FILLED_BYTES_PER_S))
     journey = partial(_fills, guest=guest)
     expect_twins(context, journey, mover=live, dirty_ring_bytes=RING_BYTES)
+    context.note("KVM_EXIT_DIRTY_RING_FULL", answered=live.rings_full)
     context.expect("KVM_EXIT_DIRTY_RING_FULL was seen", live.rings_full > 0, True)
 
 

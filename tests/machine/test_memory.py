@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from harness.machine.errors import GuestMemoryError
 from harness.machine.guest_abi import report
-from harness.machine.memory import PAGE_SIZE, SMRAM_AS_ID, GuestMemory
+from harness.machine.memory import HUGE_PAGE_SIZE, PAGE_SIZE, SMRAM_AS_ID, GuestMemory
 
 
 @pytest.fixture
@@ -141,3 +141,13 @@ def test_memory_behaves_like_one_byte_array(writes):
                 with pytest.raises(GuestMemoryError):
                     memory.write(at, data)
         assert memory.read(0, SIZE) == expected[:SIZE]
+
+
+def test_memory_of_huge_pages_lies_as_the_guest_sees_it(memory):
+    """Else KVM maps it page by page."""
+    low = memory.add(0, 0xA0000, huge=True)
+    high = memory.add(0xC0000, (64 << 20) - 0xC0000, huge=True)
+    assert (low.hva - low.gpa) % HUGE_PAGE_SIZE == 0
+    assert (high.hva - high.gpa) % HUGE_PAGE_SIZE == 0
+    memory.write(0xC0000, b"x" * PAGE_SIZE)
+    assert memory.read(0xC0000, 1) == b"x"

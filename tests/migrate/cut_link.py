@@ -2,10 +2,10 @@
 
 import socket
 
-from harness.migrate.links import Link
+from harness.migrate.links import FdLink
 
 
-class CutLink(Link):
+class CutLink(FdLink):
     """One end of a socket pair; what was sent before the cut arrives, nothing after it does."""
 
     def __init__(self, sock, *, sends=None, receives=None, on_cut=None):
@@ -15,14 +15,15 @@ class CutLink(Link):
         self._on_cut = on_cut or (lambda: sock.shutdown(socket.SHUT_RDWR))
         self._was_cut = False
 
-    def write(self, data):
+    def write_all(self, pieces):
+        data = b"".join(pieces)
         if self._sends is not None and self.sent_bytes + len(data) > self._sends:
-            super().write(memoryview(data)[: self._sends - self.sent_bytes])
+            super().write_all([memoryview(data)[: self._sends - self.sent_bytes]])
             self._cut()
             if self._socket.fileno() >= 0:
-                super().write(memoryview(data)[-1:])
+                super().write_all([memoryview(data)[-1:]])
             return
-        super().write(data)
+        super().write_all([data])
 
     def read(self, size):
         if self._receives is not None:
@@ -44,4 +45,4 @@ def pair_cut(*, sends=None, receives=None, on_cut=None):
     """The source's end, which is cut, and the destination's."""
     ours, theirs = socket.socketpair()
     source = CutLink(ours, sends=sends, receives=receives, on_cut=on_cut)
-    return source, Link(theirs.fileno(), theirs.fileno(), "the source", theirs.close)
+    return source, FdLink(theirs.fileno(), theirs.fileno(), "the source", theirs.close)

@@ -7,10 +7,10 @@ import struct
 import zlib
 from dataclasses import dataclass
 
-from harness.migrate.memory_image import Run
+from harness.migrate.memory_image import Batch
 from harness.migrate.shape import Shape, SlotShape
 from harness.migrate.state import VM_PARTS
-from harness.migrate.stream import DONE, MAGIC, StreamWriter
+from harness.migrate.stream import DONE, MAGIC, VERSION, StreamWriter
 from harness.migrate.vcpu_parts import VCPU_PARTS
 from harness.svm.vmcb import VMCB_SIZE, vmcb
 from kvm_ioctl.asm_kvm import (
@@ -76,8 +76,10 @@ def stream(*, source=SOURCE, shape=SHAPE, vm=None, vcpus=None, sides=None, pages
     writer.head({"source": source, "shape": shape.to_json() if is_shape else shape})
     irqchip = shape.irqchip if is_shape else True
     if pages:
-        writer.pages(Run(0, 1, 2), bytes([7]) * 2 * PAGE)
-        writer.pages(Run(1, 0, 1), bytes([9]) * PAGE)
+        writer.pages(Batch(0, ((1, 2),)), [memoryview(bytes([7]) * 2 * PAGE)])
+        writer.pages(Batch(1, ((0, 1),)), [memoryview(bytes([9]) * PAGE)])
+        scattered = [memoryview(bytes([number]) * PAGE) for number in (3, 4)]
+        writer.pages(Batch(0, ((0, 1), (2, 1))), scattered)
     writer.side("early", 1)
     writer.vm(vm_parts(irqchip) if vm is None else vm)
     count = shape.vcpus if is_shape else 2
@@ -114,7 +116,7 @@ def section_bytes(raw, number):
 
 def seal(sections, *, recount=True):
     """Put sections together with right numbers, lengths and checksums."""
-    out = [START.pack(MAGIC, 1)]
+    out = [START.pack(MAGIC, VERSION)]
     for number, raw in enumerate(sections):
         counts = recount and raw.tag == DONE
         body = struct.pack("<Q", number) if counts else raw.body

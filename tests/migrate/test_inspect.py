@@ -42,9 +42,9 @@ def texts(**changes):
 def test_where_it_comes_from_and_what_it_is():
     words = of_vcpu()
     assert words["source"] == {"kernel": "6.1", "architecture": "x86_64", "KVM_CAP_XCRS": "1"}
-    assert words["machine"]["pages not zero"] == "3"
+    assert words["machine"]["pages not zero"] == "4"
     assert words["machine"]["sides"] == "early proxies"
-    assert words["memory slots"]["0 (as_id 1)"].endswith("2 page(s) not zero, seen in SMM")
+    assert words["memory slots"]["0 (as_id 1)"].endswith("3 page(s) not zero, seen in SMM")
 
 
 def test_registers_and_bits_go_by_name():
@@ -107,7 +107,7 @@ def test_json_says_all_of_it():
     found = json.loads(json.dumps(as_json(inspected())))
     assert found["shape"] == SHAPE.to_json()
     assert found["state"]["vcpu1.msrs.0xc0000080"] == 0x1500
-    assert found["memory"] == {"pages": 3, "pages_by_mapping": [2, 1]}
+    assert found["memory"] == {"pages": 4, "pages_by_mapping": [3, 1]}
     assert found["sides"]["proxies"] == {"l1": [1, None, "x"]}
     assert found["words"]["vCPU 0: nested state"]["GIF"] == "1"
 
@@ -132,7 +132,7 @@ def test_what_differs_is_named_with_both_values():
     assert "source.kernel: '6.1', the other has '7.3'" in lines
     assert "sides.proxies.l1[0]: 0x1, the other has 0x2" in lines
     assert [line.partition(":")[0] for line in lines if line.startswith("page")] == [
-        *("page at 0x1000", "page at 0x2000", "page at 0x10000")
+        *("page at 0x0", "page at 0x1000", "page at 0x2000", "page at 0x10000")
     ]
 
 
@@ -178,7 +178,7 @@ def test_words_that_look_like_markup_are_shown_as_they_are(files):
 
 def test_json_is_json(files):
     [file] = files(one=stream())
-    assert json.loads(run(file, "--json").output)["sections"] == 9
+    assert json.loads(run(file, "--json").output)["sections"] == 10
 
 
 def test_diff_says_so_with_its_status(files):

@@ -23,6 +23,7 @@ from harness.migrate.errors import Cancelled, LinkLost, Refused, StreamError
 from harness.migrate.handover import Message, Say
 from harness.migrate.links import Cancel
 
+PAGE = 4096
 ECHO = "import os\nwhile data := os.read(0, 65536): os.write(1, data)"
 
 
@@ -66,9 +67,9 @@ def test_what_was_read_ahead_is_not_lost(ends):
     assert other.has_input()
     buffer = memoryview(bytearray(len(data)))
     while len(found) < len(data):
-        size = len(data) - len(found)
-        count = other.readinto(buffer[: min(size, 60_000)])
-        found += buffer[:count]
+        size = min(len(data) - len(found), 60_000)
+        other.fill([buffer[:size]])
+        found += buffer[:size]
     assert found == data
     assert other.received_bytes == len(data)
     assert not other.has_input()
@@ -78,18 +79,31 @@ def test_a_buffer_gets_what_is_for_it_and_the_rest_stays(ends):
     one, other = ends
     one.write(b"for the buffer, and the rest")
     buffer = memoryview(bytearray(14))
-    assert other.readinto(buffer) == 14
+    other.fill([buffer[:3], buffer[3:3], buffer[3:]])
     assert bytes(buffer) == b"for the buffer"
     assert other.received_bytes == 14
     assert other.has_input()
     assert other.read(100) == b", and the rest"
 
 
+@pytest.mark.parametrize(("count", "size"), [(3000, 7), (700, PAGE), (2, 3 << 20)])
+def test_many_pieces_into_many_buffers(ends, count, size):
+    one, other = ends
+    pieces = [os.urandom(size) for _ in range(count)]
+    buffers = [memoryview(bytearray(size)) for _ in range(count)]
+    writer = threading.Thread(target=one.write_all, args=(pieces,))
+    writer.start()
+    other.fill(buffers)
+    writer.join()
+    assert b"".join(buffers) == b"".join(pieces)
+    assert one.sent_bytes == other.received_bytes == count * size
+
+
 def test_the_end_is_a_lost_link_for_a_buffer_too(ends):
     one, other = ends
     one.close()
     with pytest.raises(LinkLost, match="the other end closed it"):
-        other.readinto(memoryview(bytearray(4)))
+        other.fill([memoryview(bytearray(4))])
 
 
 def test_the_end_is_a_lost_link(ends):

@@ -20,7 +20,7 @@ from harness.migrate.handover import Message, Say, expect, put
 from harness.migrate.links import Cancel
 from harness.migrate.live import Patience
 from harness.migrate.precopy import Options
-from harness.migrate.stream import DONE, PAGE, StreamReader
+from harness.migrate.stream import DONE, StreamReader
 
 pytestmark = pytest.mark.kvm
 
@@ -206,7 +206,8 @@ def at_pages(link, then):
     sections = StreamReader(link).sections()
     assert next(sections).tag == b"HEAD"
     put(link, Say.WELCOME)
-    assert next(sections).tag == PAGE
+    # The first section with pages may well have all of them.
+    assert link.read(1)
     then(link)
 
 

@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 
 from harness.machine.memory import PAGE_SIZE
 from harness.migrate.memory_image import (
-    RUN_PAGES,
-    Run,
-    filled_runs,
+    BATCH_PAGES,
+    Batch,
+    batches,
+    filled_spans,
     not_zero,
     populated,
-    populated_runs,
-    runs,
+    populated_spans,
+    spans,
+    view_of,
 )
 
 PAGES = 3000
@@ -49,26 +51,60 @@ def test_a_page_that_was_only_read_holds_nothing():
     ("pages", "found"),
     [
         ([], []),
-        ([5], [Run(1, 5, 1)]),
-        ([1, 2, 3, 7, 9, 10], [Run(1, 1, 3), Run(1, 7, 1), Run(1, 9, 2)]),
-        (range(RUN_PAGES + 1), [Run(1, 0, RUN_PAGES), Run(1, RUN_PAGES, 1)]),
+        ([5], [(5, 1)]),
+        ([1, 2, 3, 7, 9, 10], [(1, 3), (7, 1), (9, 2)]),
+        (range(BATCH_PAGES + 1), [(0, BATCH_PAGES), (BATCH_PAGES, 1)]),
     ],
 )
-def test_runs(pages, found):
-    assert list(runs(1, pages)) == found
+def test_spans(pages, found):
+    assert list(spans(pages)) == found
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.integers(0, 63), st.sampled_from([0, 1, 7, 4095]), max_size=20))
-def test_what_holds_anything_of_a_run(written):
-    data = bytearray(64 * PAGE_SIZE)
+def test_what_holds_anything_of_a_span(written):
+    data = bytearray((100 + 64 + 20) * PAGE_SIZE)
+    data[99 * PAGE_SIZE] = data[164 * PAGE_SIZE] = 1  # what is around it does not count
     for page, offset in written.items():
-        data[page * PAGE_SIZE + offset] = 1
-    found = filled_runs(Run(2, 100, 64), bytes(data))
-    assert list(found) == list(runs(2, [100 + page for page in sorted(written)]))
+        data[(100 + page) * PAGE_SIZE + offset] = 1
+    found = filled_spans(memoryview(data), (100, 64))
+    assert list(found) == list(spans([100 + page for page in sorted(written)]))
 
 
-def test_runs_of_a_mapping_are_no_longer_than_may_be():
+def test_spans_of_a_mapping_are_no_longer_than_may_be():
     with mmap.mmap(-1, 600 * PAGE_SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as backing:
         backing[:] = b"\1" * len(backing)
-        assert list(populated_runs(3, backing)) == list(runs(3, range(600)))
+        assert list(populated_spans(backing)) == list(spans(range(600)))
+
+
+@pytest.mark.parametrize(
+    ("found", "put_together"),
+    [
+        ([], []),
+        ([(1, 2), (5, 1)], [((1, 2), (5, 1))]),
+        ([(0, BATCH_PAGES), (300, 1)], [((0, BATCH_PAGES),), ((300, 1),)]),
+        ([(0, 1), (2, BATCH_PAGES)], [((0, 1),), ((2, BATCH_PAGES),)]),
+        (
+            [(2 * n, 1) for n in range(BATCH_PAGES + 1)],
+            [tuple((2 * n, 1) for n in range(BATCH_PAGES)), ((2 * BATCH_PAGES, 1),)],
+        ),
+    ],
+)
+def test_batches_are_no_longer_than_may_be(found, put_together):
+    assert list(batches(7, found)) == [Batch(7, some) for some in put_together]
+
+
+def test_a_batch_shows_its_pages():
+    memory = memoryview(bytes(range(8)) * PAGE_SIZE)
+    batch = Batch(0, ((1, 2), (5, 1)))
+    assert (batch.pages, batch.size_bytes) == (3, 3 * PAGE_SIZE)
+    wanted = [memory[PAGE_SIZE : 3 * PAGE_SIZE], memory[5 * PAGE_SIZE : 6 * PAGE_SIZE]]
+    assert batch.views(memory) == wanted
+
+
+def test_a_view_does_not_keep_a_mapping_open():
+    mapping = mmap.mmap(-1, PAGE_SIZE)
+    view = view_of(mapping)
+    view[:2] = b"ab"
+    assert mapping[:3] == b"ab\0"
+    mapping.close()

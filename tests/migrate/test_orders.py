@@ -2,7 +2,15 @@
 
 import pytest
 
-from harness.migrate.orders import CONSTRAINTS, DEFAULT, NAMED, broken_by, moved
+from harness.migrate.orders import (
+    CONSTRAINTS,
+    DEFAULT,
+    NAMED,
+    breaking,
+    broken_by,
+    covering,
+    moved,
+)
 from harness.migrate.vcpu_parts import VCPU_PARTS
 
 
@@ -41,3 +49,41 @@ def test_a_part_is_moved_to_every_other_place(part):
     for order in orders:
         assert order[0] == "cpuid"
         assert [it for it in order if it != part] == [it for it in DEFAULT if it != part]
+
+
+# Few orders that say as much as all of them
+
+
+def test_covering_orders_keep_all_constraints_and_are_few():
+    orders = covering()
+    assert orders == covering()
+    assert [broken_by(order) for order in orders] == [[]] * len(orders)
+    assert all(sorted(order) == sorted(DEFAULT) for order in orders)
+    assert len(orders) <= 20
+
+
+@pytest.mark.parametrize("part", DEFAULT[1:])
+def test_covering_orders_have_a_part_wherever_it_may_be(part):
+    allowed = [order.index(part) for order in moved(part) if not broken_by(order)]
+    found = {order.index(part) for order in covering()}
+    assert found >= {*allowed, DEFAULT.index(part)}
+
+
+def test_covering_orders_have_two_parts_both_ways_round_unless_one_must_be_first():
+    def firsts(orders):
+        return {(a, b) for order in orders for n, a in enumerate(order) for b in order[n + 1 :]}
+
+    found = firsts(covering())
+    swapped = [order for part in DEFAULT[1:] for order in moved(part) if not broken_by(order)]
+    assert found >= firsts(swapped)
+    for constraint in CONSTRAINTS:
+        assert (constraint.second, constraint.first) not in found
+
+
+def test_there_is_an_order_against_every_constraint_that_can_be_broken():
+    orders = dict(breaking())
+    assert set(orders) == {c for c in CONSTRAINTS if c.first != "cpuid"}
+    for constraint, order in orders.items():
+        assert constraint in broken_by(order)
+        assert order[0] == "cpuid"
+        assert order in {it for part in DEFAULT[1:] for it in moved(part)}

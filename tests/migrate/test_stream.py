@@ -25,16 +25,11 @@ from hypothesis import strategies as st
 
 from harness.migrate.errors import Refused, StreamError
 from harness.migrate.inspect import as_json, compare, inspect_stream
-from harness.migrate.memory_image import Run
-from harness.migrate.shape import Shape
-from harness.migrate.stream import (
+from harness.migrate.memory_image import BATCH_PAGES, Batch
+from harness.migrate.sections import (
     LONGEST,
-    MAGIC,
-    RUN_PAGES,
     SIDE,
     Section,
-    StreamReader,
-    StreamWriter,
     expect_inside,
     parse_json,
     unpack_pages,
@@ -42,6 +37,8 @@ from harness.migrate.stream import (
     unpack_side,
     unpack_vcpu,
 )
+from harness.migrate.shape import Shape
+from harness.migrate.stream import MAGIC, PAGES_BESIDE, StreamReader, StreamWriter
 
 VALID = stream()
 SECTIONS = take_apart(VALID)
@@ -81,6 +78,12 @@ def head(**changes):
     return seal([Raw(b"HEAD", json.dumps(tree).encode()), *SECTIONS[1:]])
 
 
+def filled(value, *found):
+    """Spans of mapping 0, and pages full of one value for them."""
+    pages = [memoryview(bytes([value]) * (count * PAGE)) for _, count in found]
+    return Batch(0, tuple(found)), pages
+
+
 # Round trips
 
 
@@ -89,7 +92,7 @@ def unchecked():
     sink = io.BytesIO()
     writer = StreamWriter(sink, page_checksums=False)
     writer.head({"source": SOURCE, "shape": SHAPE.to_json()})
-    writer.pages(Run(0, 1, 1), bytes([7]) * PAGE)
+    writer.pages(*filled(7, (1, 1)))
     writer.vm(vm_parts())
     for number in range(SHAPE.vcpus):
         writer.vcpu(number, vcpu_parts())
@@ -122,7 +125,9 @@ def test_without_checksums_only_the_bytes_of_pages_are_believed():
 def test_all_that_is_written_is_read():
     found = read(VALID)
     assert found.shape == SHAPE
-    assert sorted(found.pages) == [(0, 1), (0, 2), (1, 0)]
+    assert sorted(found.pages) == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    # (0, 2) came twice, and counts as it came last.
+    assert len(set(found.pages.values())) == 4
     assert found.state.vm == vm_parts()
     assert list(found.state.vcpus) == [vcpu_parts()] * 2
     assert found.sides == {"early": 1, "proxies": {"l1": [1, None, "x"]}}
@@ -157,13 +162,15 @@ def test_sides_come_back(name, data):
 def test_pages_come_back_or_are_outside(backing, first, count):
     sink = io.BytesIO()
     data = bytes(range(256)) * (16 * count)
-    StreamWriter(sink).pages(Run(backing, first, count), data)
+    spans = ((first, count), (first + count + 1, 1))
+    pages = [memoryview(data), memoryview(bytes(PAGE))]
+    StreamWriter(sink).pages(Batch(backing, spans), pages)
     section = Section(b"PAGE", 0, 0, take_apart(sink.getvalue())[0].body)
     backings = (4 * PAGE, 20 * PAGE)
-    if backing < 2 and (first + count) * PAGE <= backings[backing]:
-        run, found = unpack_pages(section, backings)
-        assert run == Run(backing, first, count)
-        assert bytes(found) == data
+    if backing < 2 and (first + count + 2) * PAGE <= backings[backing]:
+        batch, found = unpack_pages(section, backings)
+        assert batch == Batch(backing, spans)
+        assert bytes(found) == data + bytes(PAGE)
     else:
         with pytest.raises(StreamError, match="outside memory"):
             unpack_pages(section, backings)
@@ -183,8 +190,7 @@ def test_a_machine_without_vcpus_may_have_sides():
 
 
 def test_a_page_counts_as_it_came_last():
-    run = bytes(4) + bytes(4) + struct.pack("<Q", 1)
-    zero = Raw(b"PAGE", run + bytes(PAGE))
+    zero = Raw(b"PAGE", struct.pack("<IIQQ", 0, 1, 1, 1) + bytes(PAGE))
     assert (0, 1) not in read(seal([*SECTIONS[:3], zero, *SECTIONS[3:]])).pages
     assert (0, 1) in read(seal([SECTIONS[0], zero, *SECTIONS[1:]])).pages
 
@@ -280,10 +286,15 @@ def test_random_bodies_with_right_checksums_are_refused_in_one_line(number, body
     [
         (b"", "the start: cut off after 0 of 16 bytes"),
         (b"x" * 16, "not a machine's stream: it starts with b'xxxxxxxx'"),
-        (MAGIC + b"\2\0" + bytes(6), "stream version 2, this harness reads 1"),
-        (MAGIC + b"\1\0\2\0" + bytes(4), "the start: unknown flags 0x2"),
-        (MAGIC + b"\1\0\0\1" + bytes(4), "the start: unknown flags 0x100"),
-        (MAGIC + b"\1\0" + bytes(5) + b"\1", "the start: 00 00 00 01 where zeroes must be"),
+        (MAGIC + b"\1\0" + bytes(6), "stream version 1, this harness reads 2"),
+        (MAGIC + b"\3\0" + bytes(6), "stream version 3, this harness reads 2"),
+        (MAGIC + b"\2\0\4\0" + bytes(4), "the start: unknown flags 0x4"),
+        (MAGIC + b"\2\0\0\1" + bytes(4), "the start: unknown flags 0x100"),
+        (MAGIC + b"\2\0" + bytes(5) + b"\1", "the start: 00 00 00 01 where zeroes must be"),
+        (
+            MAGIC + b"\2\0\3\0" + bytes(4),
+            "the start: pages come past the stream, and here is no way for them",
+        ),
     ],
 )
 def test_a_wrong_start(data, line):
@@ -377,23 +388,49 @@ def test_parts_that_are_none(body, line):
         unpack_parts(Section(b"VMST", 0, 0, body), 0, ["a", "b"])
 
 
+def page_body(spans, pages, mapping=0, count=None):
+    table = b"".join(struct.pack("<QQ", *span) for span in spans)
+    header = struct.pack("<II", mapping, len(spans) if count is None else count)
+    return header + table + bytes(pages * PAGE)
+
+
 @pytest.mark.parametrize(
     ("body", "line"),
     [
-        (bytes(16), "not whole pages"),
-        (bytes(16 + PAGE - 1), "not whole pages"),
-        (struct.pack("<IIQ", 0, 1, 0) + bytes(PAGE), "0x1 where zero must be"),
-        (struct.pack("<IIQ", 9, 0, 0) + bytes(PAGE), "outside memory"),
-        (struct.pack("<IIQ", 0, 0, 4) + bytes(PAGE), "outside memory"),
-        (struct.pack("<IIQ", 0, 0, 2**64 - 1) + bytes(PAGE), "outside memory"),
+        (b"", "0 bytes are no pages"),
+        (bytes(7), "7 bytes are no pages"),
+        (page_body([], 0), "0 spans, 1 to 256 are possible"),
+        (page_body([], 1), "0 spans, 1 to 256 are possible"),
+        (page_body([(0, 1)], 1, count=257), "257 spans, 1 to 256 are possible"),
+        (page_body([(0, 1)], 0, count=2), "the table of its pages is cut off"),
+        (page_body([(0, 1)], 0), "0 bytes are not 1 whole pages"),
+        (page_body([(0, 1)], 1)[:-1], "4095 bytes are not 1 whole pages"),
+        (page_body([(0, 1)], 2), "8192 bytes are not 1 whole pages"),
+        (page_body([(0, 0)], 0), "0 pages from 0 on"),
+        (page_body([(0, 257)], 1), "257 pages from 0 on"),
+        (page_body([(0, 2**64 - 1)], 1), "pages from 0 on"),
+        (page_body([(1, 1), (0, 1)], 2), "1 pages from 0 on, after those up to 2"),
+        (page_body([(0, 2), (1, 1)], 3), "1 pages from 1 on, after those up to 2"),
+        (page_body([(1, 1), (1, 1)], 2), "1 pages from 1 on, after those up to 2"),
+        (page_body([(0, 200), (300, 57)], 255), "not 257 whole pages"),
+        (page_body([(0, 1)], 1, mapping=9), "pages 0..0 of mapping 9 are outside memory"),
+        (page_body([(4, 1)], 1), "outside memory"),
+        (page_body([(0, 1), (4, 1)], 2), "outside memory"),
+        (page_body([(3, 2)], 2), "outside memory"),
+        (page_body([(2**64 - 1, 1)], 1), "outside memory"),
     ],
 )
 def test_pages_that_are_none(body, line):
-    assert line in refusal(seal([SECTIONS[0], Raw(b"PAGE", body), *SECTIONS[1:]]))
+    data = seal([SECTIONS[0], Raw(b"PAGE", body), *SECTIONS[1:]])
+    assert line in refusal(data)
+    sections = sections_in_place(data, bytearray(4 * PAGE))
+    next(sections)
+    with pytest.raises(StreamError, match=line):
+        next(sections)
 
 
-def test_too_long_a_run_is_refused():
-    body = bytes(16 + (RUN_PAGES + 1) * PAGE)
+def test_too_many_pages_are_refused():
+    body = page_body([(0, BATCH_PAGES + 1)], BATCH_PAGES + 1)
     assert "are possible" in refusal(seal([SECTIONS[0], Raw(b"PAGE", body), *SECTIONS[1:]]))
 
 
@@ -418,6 +455,14 @@ def test_a_body_that_no_reader_takes_is_not_written():
     sink = io.BytesIO()
     with pytest.raises(StreamError, match="are possible"):
         StreamWriter(sink).side("a", "x" * LONGEST[SIDE])
+    assert len(sink.getvalue()) == 16
+
+
+@pytest.mark.parametrize("found", [(), ((0, BATCH_PAGES + 1),), ((0, 1), (2, BATCH_PAGES))])
+def test_pages_that_no_reader_takes_are_not_written(found):
+    sink = io.BytesIO()
+    with pytest.raises(StreamError, match=r"a PAGE of \d+ pages: 1 to 256 are possible"):
+        StreamWriter(sink).pages(*filled(1, *found))
     assert len(sink.getvalue()) == 16
 
 
@@ -520,27 +565,36 @@ def test_a_header_that_is_none(body):
 # Many sections in one write; pages straight into memory
 
 
-def written(pages, *, gathered):
-    writes = []
+class WritingSink:
+    def __init__(self):
+        self.writes = []
 
-    class Sink:
-        def write(self, data):
-            writes.append(bytes(data))
+    def write(self, data):
+        self.writes.append(bytes(data))
 
-    writer = StreamWriter(Sink())
+
+class TakingAllSink(WritingSink):
+    def write_all(self, pieces):
+        self.writes.append(b"".join(pieces))
+
+
+def written(pages, *, gathered, sink=WritingSink):
+    sink = sink()
+    writer = StreamWriter(sink)
     with writer.gathered() if gathered else contextlib.nullcontext():
         for first, count in pages:
-            writer.pages(Run(0, first, count), bytes([first]) * (count * PAGE))
-        assert not gathered or writer.written_bytes >= sum(map(len, writes))
-    assert writer.written_bytes == sum(map(len, writes))
-    return writes
+            writer.pages(*filled(first, (first, count)))
+        assert not gathered or writer.written_bytes >= sum(map(len, sink.writes))
+    assert writer.written_bytes == sum(map(len, sink.writes))
+    return sink.writes
 
 
 PAGES = [(1, 1), (3, 1), (5, 1), (20, 100), (130, 1)]
 
 
-def test_gathered_sections_are_the_same_bytes_in_fewer_writes():
-    one_by_one, gathered = (written(PAGES, gathered=how) for how in (False, True))
+@pytest.mark.parametrize("sink", [WritingSink, TakingAllSink])
+def test_gathered_sections_are_the_same_bytes_in_fewer_writes(sink):
+    one_by_one, gathered = (written(PAGES, gathered=how, sink=sink) for how in (False, True))
     assert b"".join(gathered) == b"".join(one_by_one)
     assert len(gathered) < len(PAGES) < len(one_by_one)
 
@@ -551,7 +605,7 @@ def test_an_error_while_sections_are_gathered_writes_none_of_them():
 
     def fail_on_the_way():
         with writer.gathered():
-            writer.pages(Run(0, 1, 1), bytes(PAGE))
+            writer.pages(*filled(0, (1, 1)))
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -560,18 +614,18 @@ def test_an_error_while_sections_are_gathered_writes_none_of_them():
 
 
 def sections_in_place(data, memory, source=io.BytesIO):
-    def place(section, run):
-        expect_inside(section, run, (len(memory),))
-        return memoryview(memory)[run.first * PAGE : run.end * PAGE]
+    def place(where, batch):
+        expect_inside(where, batch, (len(memory),))
+        return batch.views(memoryview(memory))
 
     return StreamReader(source(data), place).sections()
 
 
-def with_pages(first, count):
+def with_pages(*found):
     sink = io.BytesIO()
     writer = StreamWriter(sink)
     writer.head({})
-    writer.pages(Run(0, first, count), b"\x11" * (count * PAGE))
+    writer.pages(*filled(0x11, *found))
     return sink.getvalue()
 
 
@@ -585,25 +639,75 @@ class OnlyRead:
         return self._file.read(min(size, 1000))
 
 
-@pytest.mark.parametrize("source", [io.BytesIO, OnlyRead])
+class Scattering(OnlyRead):
+    """One that fills many buffers at once."""
+
+    def fill(self, buffers):
+        for buffer in buffers:
+            assert self._file.readinto(buffer) == len(buffer)
+
+
+@pytest.mark.parametrize("source", [io.BytesIO, OnlyRead, Scattering])
 def test_pages_go_where_they_are_wanted(source):
     memory = bytearray(6 * PAGE)
-    sections = sections_in_place(with_pages(2, 3), memory, source)
+    sections = sections_in_place(with_pages((1, 1), (3, 2)), memory, source)
     assert next(sections).pages is None
-    assert next(sections).pages == Run(0, 2, 3)
-    assert memory == bytes(2 * PAGE) + b"\x11" * (3 * PAGE) + bytes(PAGE)
+    assert next(sections).pages == Batch(0, ((1, 1), (3, 2)))
+    full = b"\x11" * PAGE
+    assert memory == bytes(PAGE) + full + bytes(PAGE) + 2 * full + bytes(PAGE)
 
 
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (with_pages(4, 3), "section 1 .*: pages 4..6 of mapping 0 are outside memory"),
-        (with_pages(2, 3)[:-1] + b"\0", "section 1 .*: checksum of the body is wrong"),
-        (with_pages(2, 3)[:-1], "section 1 .*: cut off after 12287 of 12288 bytes"),
+        (with_pages((4, 3)), "section 1 .*: pages 4..6 of mapping 0 are outside memory"),
+        (with_pages((2, 3))[:-1] + b"\0", "section 1 .*: checksum of the body is wrong"),
+        (with_pages((0, 1), (2, 2))[:-1], "section 1 .*: cut off after 12287 of 12288 bytes"),
     ],
 )
 def test_pages_that_cannot_be_placed(data, why):
     sections = sections_in_place(data, bytearray(6 * PAGE))
     next(sections)
     with pytest.raises(StreamError, match=why):
+        next(sections)
+
+
+# Pages past the stream
+
+
+def past_the_stream(*found):
+    """Return a stream whose pages were brought otherwise, and what was brought."""
+    sink, brought = io.BytesIO(), []
+    writer = StreamWriter(sink, bring=lambda batch, pages: brought.append((batch, pages)))
+    writer.head({})
+    writer.pages(*filled(5, *found))
+    assert writer.written_bytes == len(sink.getvalue()) + sum(n for _, n in found) * PAGE
+    return sink.getvalue(), brought
+
+
+def test_pages_past_the_stream_are_not_in_it():
+    data, [(batch, pages)] = past_the_stream((1, 2), (9, 1))
+    assert (batch, pages) == filled(5, (1, 2), (9, 1))
+    assert bytes([5] * 16) not in data
+    came = [batch]
+    sections = StreamReader(io.BytesIO(data), came=lambda batch: batch == came.pop()).sections()
+    next(sections)
+    assert next(sections).pages == batch
+    assert not came
+
+
+def test_pages_past_the_stream_that_did_not_come_are_missed():
+    data, _ = past_the_stream((1, 2))
+    sections = StreamReader(io.BytesIO(data), came=lambda batch: False).sections()
+    next(sections)
+    with pytest.raises(StreamError, match=r"section 1 .*: its pages did not come"):
+        next(sections)
+
+
+def test_pages_past_the_stream_and_in_it_are_refused():
+    data = bytearray(with_pages((1, 1)))
+    data[10] |= PAGES_BESIDE
+    sections = StreamReader(io.BytesIO(data), came=lambda batch: True).sections()
+    next(sections)
+    with pytest.raises(StreamError, match="4096 bytes of pages that come past the stream"):
         next(sections)

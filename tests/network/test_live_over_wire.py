@@ -13,7 +13,7 @@ from harness.machine.errors import MachineError
 from harness.migrate import live
 from harness.migrate.difference import memory_differences
 from harness.migrate.errors import HandoverUnknown, LinkLost
-from harness.migrate.links import Cancel, Link
+from harness.migrate.links import Cancel, FdLink
 from harness.migrate.live_move import hand_over
 from harness.migrate.precopy import Options
 from harness.network.shape import LinkShape
@@ -52,14 +52,14 @@ def expect_only(running, still):
 def cutting(between, connected, when):
     """A link that is cut, once, as soon as `when` says so of what is about to be sent over it."""
 
-    class Cutting(Link):
+    class Cutting(FdLink):
         cut = False
 
-        def write(self, data, /):
-            if not self.cut and when(self, bytes(data)):
+        def write_all(self, pieces, /):
+            if not self.cut and when(self, b"".join(pieces)):
                 self.cut = True
                 between.partition()
-            super().write(data)
+            super().write_all(pieces)
 
     return Cutting(connected.fileno(), connected.fileno(), "the other end", connected.close)
 

@@ -1,0 +1,253 @@
+"""What is in the bodies of a stream's sections; `stream` says what they look like."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Final
+
+from harness.machine.memory import PAGE_SIZE
+from harness.migrate.errors import StreamError
+from harness.migrate.memory_image import BATCH_PAGES, Batch
+
+HEAD, PAGE, VMST, VCPU, SIDE, DONE = b"HEAD", b"PAGE", b"VMST", b"VCPU", b"SIDE", b"DONE"
+
+PAGE_HEADER: Final = struct.Struct("<II")
+SPAN: Final = struct.Struct("<QQ")
+NUMBER: Final = struct.Struct("<I")
+COUNT: Final = struct.Struct("<Q")
+
+LONGEST: Final = {
+    HEAD: 1 << 20,
+    PAGE: PAGE_HEADER.size + BATCH_PAGES * (SPAN.size + PAGE_SIZE),
+    VMST: 1 << 20,
+    VCPU: 1 << 20,
+    SIDE: 8 << 20,
+    DONE: COUNT.size,
+}
+"""Bytes that a body may have; more is refused before any of it is read."""
+
+_LONGEST_NAME: Final = 255
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section as it was read, its checksums seen to."""
+
+    tag: bytes
+    number: int
+    offset: int
+    """Where its header is in the stream."""
+    body: bytes
+    pages: Batch | None = None
+    """Of a PAGE whose pages are where the reader's user wanted them; they are not in the body."""
+
+    @property
+    def where(self) -> str:
+        """How messages call it."""
+        return f"section {self.number} ({self.tag.decode()} at offset {self.offset:#x})"
+
+
+def pack_json(data: Any, what: str) -> bytes:
+    """Return data as JSON in the one way that this stream has.
+
+    Raises StreamError: `what` holds something that JSON cannot say.
+    """
+    try:
+        text = json.dumps(data, separators=(",", ":"), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise StreamError(f"{what}: cannot be said in JSON ({e})") from None
+    return text.encode()
+
+
+def parse_json(section: Section, data: bytes) -> Any:
+    """Return the JSON of a section's body.
+
+    Raises StreamError: it is none.
+    """
+    try:
+        # Decoded here, for json.loads would take UTF-16 and UTF-32 too.
+        return json.loads(
+            data.decode(),
+            parse_float=_finite,
+            parse_constant=_finite,
+            object_pairs_hook=_unique_keys,
+        )
+    except (ValueError, RecursionError) as e:
+        raise StreamError(f"{section.where}: malformed JSON ({shortened(str(e))})") from None
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is there twice")
+    return found
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """Return what a stream says, fit to be quoted in a line."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def pack_name(name: str) -> bytes:
+    """Return a name with its length before it.
+
+    Raises StreamError: it cannot be one.
+    """
+    if not (name.isascii() and name.isprintable() and 0 < len(name) <= _LONGEST_NAME):
+        raise StreamError(f"{shortened(repr(name))} is no name for a stream")
+    return bytes([len(name)]) + name.encode("ascii")
+
+
+def pack_parts(parts: Mapping[str, bytes]) -> bytes:
+    """Return named data as a body has them."""
+    return b"".join(pack_name(name) + NUMBER.pack(len(data)) + data for name, data in parts.items())
+
+
+def unpack_name(section: Section, at: int) -> tuple[str, int]:
+    """Return a name at a place in a body, and where it ends.
+
+    Raises StreamError: it is cut off, or no name.
+    """
+    body = section.body
+    size = body[at] if at < len(body) else 0
+    name = body[at + 1 : at + 1 + size].decode("latin-1")
+    if not (len(name) == size > 0 and name.isascii() and name.isprintable()):
+        raise StreamError(f"{section.where}: no name at {at:#x} of the body")
+    return name, at + 1 + size
+
+
+def unpack_parts(section: Section, at: int, known: Iterable[str]) -> dict[str, bytes]:
+    """Return the parts of a body from a place up.
+
+    Raises StreamError: one is cut off, unknown or there twice.
+    """
+    body, names, parts = section.body, set(known), dict[str, bytes]()
+    while at < len(body):
+        name, at = unpack_name(section, at)
+        if name not in names or name in parts:
+            what = "there twice" if name in parts else "unknown"
+            raise StreamError(f"{section.where}: part {name!r} is {what}")
+        if at + NUMBER.size > len(body):
+            raise StreamError(f"{section.where}: part {name} is cut off")
+        (size,) = NUMBER.unpack_from(body, at)
+        at += NUMBER.size
+        if at + size > len(body):
+            raise StreamError(f"{section.where}: part {name} is cut off")
+        parts[name] = body[at : at + size]
+        at += size
+    return parts
+
+
+def unpack_vcpu(section: Section, known: Iterable[str]) -> tuple[int, dict[str, bytes]]:
+    """Return a vCPU's number and its parts.
+
+    Raises StreamError: malformed.
+    """
+    if len(section.body) < NUMBER.size:
+        raise StreamError(f"{section.where}: has no vCPU number")
+    return NUMBER.unpack_from(section.body)[0], unpack_parts(section, NUMBER.size, known)
+
+
+def unpack_side(section: Section) -> tuple[str, Any]:
+    """Return the name and the JSON of what belongs to the machine's user.
+
+    Raises StreamError: malformed.
+    """
+    name, at = unpack_name(section, 0)
+    return name, parse_json(section, section.body[at:])
+
+
+def pack_spans(batch: Batch) -> bytes:
+    """Return what a PAGE says of its pages, before they come.
+
+    Raises StreamError: no reader would take so many.
+    """
+    if not 0 < batch.pages <= BATCH_PAGES:
+        raise StreamError(f"a PAGE of {batch.pages} pages: 1 to {BATCH_PAGES} are possible")
+    count = len(batch.spans)
+    table = struct.pack(f"<{2 * count}Q", *chain.from_iterable(batch.spans))
+    return PAGE_HEADER.pack(batch.backing, count) + table
+
+
+def spans_bytes(where: str, header: bytes) -> int:
+    """Return how long the table of spans is, by what is before it.
+
+    Raises StreamError: it cannot be so long, or there is less than a header.
+    """
+    if len(header) < PAGE_HEADER.size:
+        raise StreamError(f"{where}: {len(header)} bytes are no pages")
+    _, count = PAGE_HEADER.unpack_from(header)
+    if not 0 < count <= BATCH_PAGES:
+        raise StreamError(f"{where}: {count} spans, 1 to {BATCH_PAGES} are possible")
+    return int(count * SPAN.size)
+
+
+def unpack_spans(
+    where: str, header: bytes, table: bytes, size: int, *, beside: bool = False
+) -> Batch:
+    """Return which pages a PAGE has.
+
+    Args:
+        where: what messages begin with.
+        header: the first bytes of the body.
+        table: the spans, all of them.
+        size: bytes of the body after that.
+        beside: the pages are not in the body.
+
+    Raises StreamError: they are not in order, or not so many.
+
+    """
+    spans, end, pages = tuple(SPAN.iter_unpack(table)), 0, 0
+    for first, count in spans:
+        if first < end or not 0 < count <= BATCH_PAGES:
+            raise StreamError(f"{where}: {count} pages from {first} on, after those up to {end}")
+        end, pages = first + count, pages + count
+    if beside and size:
+        raise StreamError(f"{where}: {size} bytes of pages that come past the stream")
+    if pages > BATCH_PAGES or (size != pages * PAGE_SIZE and not beside):
+        raise StreamError(f"{where}: {size} bytes are not {pages} whole pages")
+    return Batch(PAGE_HEADER.unpack_from(header)[0], spans)
+
+
+def unpack_pages(section: Section, backings: tuple[int, ...]) -> tuple[Batch, memoryview]:
+    """Return which pages there are, and their bytes.
+
+    Args:
+        section: a PAGE with its whole body.
+        backings: bytes of each mapping, which the pages must lie in.
+
+    Raises StreamError: malformed, or outside memory.
+
+    """
+    body, at = section.body, PAGE_HEADER.size
+    end = at + spans_bytes(section.where, body)
+    if len(body) < end:
+        raise StreamError(f"{section.where}: the table of its pages is cut off")
+    batch = unpack_spans(section.where, body, body[at:end], len(body) - end)
+    expect_inside(section.where, batch, backings)
+    return batch, memoryview(body)[end:]
+
+
+def expect_inside(where: str, batch: Batch, backings: tuple[int, ...]) -> None:
+    """Make sure that pages are those of a machine's memory.
+
+    Raises StreamError: they are not.
+    """
+    first, count = batch.spans[-1]
+    if batch.backing >= len(backings) or (first + count) * PAGE_SIZE > backings[batch.backing]:
+        raise StreamError(
+            f"{where}: pages {first}..{first + count - 1} of mapping {batch.backing} "
+            "are outside memory"
+        )

@@ -57,11 +57,30 @@ class Knobs:
         nothing="nested state is not touched",
         leave="guest mode is left and GIF becomes 1",
     )
+    sregs_checks_cr0: bool = _knob(
+        "KVM_SET_SREGS checks CR0",
+        "kvm_is_valid_sregs(), kvm_is_valid_cr0()",
+        false="any value is taken",
+        true="CR0[63:32], NW without CD and PG without PE are EINVAL",
+    )
     sregs_checks_efer: bool = _knob(
         "KVM_SET_SREGS checks EFER against the guest's CPUID",
         "kvm_is_valid_sregs(), __set_sregs_common()",
         false="any value is taken",
         true="what the guest must not set is EINVAL",
+    )
+
+    stgi_without_svme: Literal["executes", "#UD"] = _knob(
+        "STGI and CLGI while EFER.SVME is 0, with vGIF",
+        "init_vmcb(), svm_recalc_instruction_intercepts()",
+        executes="work, for KVM does not intercept them",
+        **{"#UD": "raise #UD"},
+    )
+    vmmcall_in_l2: Literal["repeated", "#UD"] = _knob(
+        "VMMCALL in L2 that L1 does not intercept",
+        "recalc_intercepts(), em_hypercall(), emulator_fix_hypercall()",
+        repeated="is patched with itself and executed again, for ever",
+        **{"#UD": "raises #UD"},
     )
 
     # What is kept of vmcb12
@@ -88,6 +107,12 @@ class Knobs:
         "svm_get_nested_state(), nested_copy_vmcb_cache_to_control()",
         **{"256": "of struct vmcb_control_area as it was", "1024": "the whole area"},
     )
+    next_rip_cached: bool = _knob(
+        "nRIP (next_rip) of vmcb12, in what KVM_GET_NESTED_STATE gives",
+        "copy_vmcb_control_area(), __nested_copy_vmcb_control_to_cache()",
+        false="is 0",
+        true="is that of vmcb12",
+    )
     control_sanitised: bool = _knob(
         "reserved bits of int_vector, int_state, event_inj, tlb_ctl, and intercepts L1 lacks",
         "__nested_copy_vmcb_control_to_cache()",
@@ -97,6 +122,26 @@ class Knobs:
 
     # VMRUN
 
+    l1_state: Literal["hsave page", "vmcb01"] = _knob(
+        "where L1's state is while L2 runs",
+        "struct svm_nested_state: hsave, vmcb02; svm_switch_vmcb()",
+        **{
+            "hsave page": "in a page of KVM's; after a forced leave L1 has L2's segments",
+            "vmcb01": "in a VMCB of its own; after a forced leave L1 has its own segments",
+        },
+    )
+    vmrun_forces_fixed_bits: bool = _knob(
+        "bits of DR6, DR7 and RFLAGS that are always 1, at VMRUN",
+        "nested_vmcb02_prepare_save(): DR6_ACTIVE_LOW, DR7_FIXED_1, X86_EFLAGS_FIXED",
+        false="are loaded as they are",
+        true="are set",
+    )
+    lma_without_lme: Literal["kept", "cleared"] = _knob(
+        "EFER.LMA set and LME clear in vmcb12, at VMRUN",
+        "nested_vmcb02_prepare_save()",
+        kept="LMA is loaded: KVM takes L2 for one in long mode",
+        cleared="LMA is cleared: KVM knows that L2 has PAE paging, and checks its PDPTEs",
+    )
     vmrun_needs_hsave: bool = _knob(
         "VMRUN while VM_HSAVE_PA is 0",
         "nested_svm_vmrun()",
@@ -261,6 +306,29 @@ class Knobs:
         strict="fails for EFER; masks the high halves of DR6 and DR7",
         **{"strict with DR": "fails"},
     )  # fmt: skip
+    rsm_reads_control: bool = _knob(
+        "vmcb12's control area when RSM goes back into L2",
+        "svm_pre_leave_smm(), svm_leave_smm(): nested_copy_vmcb_control_to_cache()",
+        false="is not read: L2 goes on with what KVM had cached, without nested_cr3",
+        true="is read again",
+    )  # fmt: skip
+    rsm_cr_high: Literal["ignored", "checked"] = _knob(
+        "CR0[63:32] and CR4[63:32] in the save area, at RSM",
+        "rsm_enter_protected_mode(); up to 6.1 through emulator_set_cr()",
+        ignored="are ignored", checked="must be 0, else RSM fails",
+    )  # fmt: skip
+    rsm_rflags: Literal["32 bits", "64 bits"] = _knob(
+        "RFLAGS[63:32] in the save area, at RSM", "rsm_load_state_64()",
+        **{"32 bits": "are ignored", "64 bits": "are loaded"},
+    )  # fmt: skip
+    rsm_limits: Literal["as a descriptor", "as saved"] = _knob(
+        "segment limits in the save area, at RSM",
+        "rsm_load_seg_64(), rsm_load_seg_32(); up to 6.1 emulator_set_segment()",
+        **{
+            "as a descriptor": "keep 20 bits, which G scales: others than SMI has saved may come",
+            "as saved": "are loaded",
+        },
+    )
     rsm_failure: Literal["internal error", "shutdown"] = _knob(
         "an RSM that fails", "em_rsm(), emulator_leave_smm()",
         shutdown="shuts the vCPU down",
@@ -325,7 +393,18 @@ class Knob:
 
         Raises KeyError: the knob has no such value.
         """
-        return self.words[_key(value)]
+        return self.words[self.key_of(value)]
+
+    def key_of(self, value: object) -> str:
+        """Return a value as text, fit for JSON: `words` and `value_of` take it."""
+        return _key(value)
+
+    def value_of(self, key: str) -> Any:
+        """Return the value that `key_of` names so.
+
+        Raises KeyError: the knob has no such value.
+        """
+        return {_key(value): value for value in self.values}[key]
 
 
 def _key(value: object) -> str:
@@ -357,22 +436,31 @@ def _declared() -> dict[str, Knob]:
 KNOBS: Final[Mapping[str, Knob]] = _declared()
 """Every knob by name."""
 
+#: As its newest stable release has it (5.10.262); 5.10.223 had vmrun_refused_gif="kept" and
+#: vmrun_refused_exit_code="32 bits".
 _V5_10: Final = Knobs(
     allocation=Policy.ON_DEMAND,
     alloc_failure="enomem",
     gif_on_svme_clear="set",
     svme_clear_in_l2="back to L1",
     efer_unchanged="nothing",
+    sregs_checks_cr0=False,
     sregs_checks_efer=False,
+    stgi_without_svme="executes",
+    vmmcall_in_l2="repeated",
     save_area="uncached",
     clean_bits="ignored",
     nested_state_control_bytes=256,
+    next_rip_cached=False,
     control_sanitised=False,
+    l1_state="hsave page",
+    vmrun_forces_fixed_bits=False,
+    lma_without_lme="kept",
     vmrun_needs_hsave=False,
     vmrun_checks_rax=False,
     vmrun_unmappable="gp",
-    vmrun_refused_gif="kept",
-    vmrun_refused_exit_code="32 bits",
+    vmrun_refused_gif="cleared",
+    vmrun_refused_exit_code="64 bits",
     vmrun_drops_l1_events=True,
     event_inj_after_exit="written",
     tlb_ctl_after_exit="written",
@@ -396,6 +484,10 @@ _V5_10: Final = Knobs(
     nested_state_with_nested_0="handled",
     smm_checks="svme",
     rsm_checks="strict",
+    rsm_reads_control=False,
+    rsm_cr_high="ignored",
+    rsm_rflags="32 bits",
+    rsm_limits="as a descriptor",
     rsm_failure="internal error",
     rsm_failure_in_guest_mode="in L2",
     rsm_sets_run_pending=False,
@@ -407,7 +499,8 @@ _V5_10: Final = Knobs(
     reset_leaves_nested=False,
 )
 
-_V5_9: Final = _V5_10.but(allocation=Policy.EAGER, efer_unchanged="leave")
+_FIRST_5_10: Final = _V5_10.but(vmrun_refused_gif="kept", vmrun_refused_exit_code="32 bits")
+_V5_9: Final = _FIRST_5_10.but(allocation=Policy.EAGER, efer_unchanged="leave")
 _BEFORE_5_9: Final = _V5_9.but(smm_checks="lenient", rsm_checks="lenient")
 _SERIES_V1: Final = _BEFORE_5_9.but(
     allocation=Policy.ON_DEMAND_V1,
@@ -417,15 +510,18 @@ _SERIES_V1: Final = _BEFORE_5_9.but(
     clean_bits="cache",
     smm_checks="allocated",
 )
-_SERIES_V2: Final = _V5_10.but(smm_checks="nonzero efer", alloc_failure="gp")
+_SERIES_V2: Final = _FIRST_5_10.but(smm_checks="nonzero efer", alloc_failure="gp")
 
 _V6_1: Final = _V5_10.but(
+    sregs_checks_cr0=True,
+    l1_state="vmcb01",
+    rsm_reads_control=True,
+    next_rip_cached=True,
+    vmrun_forces_fixed_bits=True,
     save_area="checked fields",
     clean_bits="vmcb02",
     nested_state_control_bytes=1024,
     vmrun_needs_hsave=True,
-    vmrun_refused_gif="cleared",
-    vmrun_refused_exit_code="64 bits",
     vmrun_drops_l1_events=False,
     pause_filter_after_exit="kept",
     triple_fault_in_l2="intercept",
@@ -450,11 +546,16 @@ _V6_1: Final = _V5_10.but(
 #: pages_request="once".
 _V6_12: Final = _V6_1.but(
     sregs_checks_efer=True,
+    lma_without_lme="cleared",
+    vmmcall_in_l2="#UD",
     event_inj_after_exit="cleared",
     tlb_ctl_after_exit="kept",
     checks_v_nmi=True,
     pages_request="until it succeeds",
     smm_checks="svme and vmcb12",
+    rsm_cr_high="checked",
+    rsm_rflags="64 bits",
+    rsm_limits="as saved",
     rsm_failure_in_guest_mode="leaves",
     enter_smm_failure="vm dead",
     intr_shadow_in_smram=True,
@@ -463,6 +564,7 @@ _V6_12: Final = _V6_1.but(
 _V7_3: Final = _V6_12.but(
     gif_on_svme_clear="kept",
     svme_clear_in_l2="shutdown",
+    stgi_without_svme="#UD",
     save_area="all fields",
     control_sanitised=True,
     vmrun_checks_rax=True,

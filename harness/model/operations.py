@@ -63,7 +63,10 @@ class SetMsr:
 
 @dataclass(frozen=True)
 class SetSregs:
-    """KVM_SET_SREGS of what KVM_GET_SREGS gave, with some registers changed (`efer`, `cr4`...)."""
+    """KVM_SET_SREGS of what KVM_GET_SREGS gave, with some registers changed.
+
+    `efer`, `cr4`, ..., and `cs.attrib` as the VMCB packs it.
+    """
 
     changes: Mapping[str, int]
 
@@ -126,6 +129,24 @@ class WriteSaveArea:
     """The host writes fields of the SMRAM state save area, by the names of `harness.svm.smram`."""
 
     changes: Mapping[str, int]
+    legacy: bool = False
+    """Of the legacy form (`kvm_smram_state_32`), which a guest without long mode has."""
+
+
+@dataclass(frozen=True)
+class WriteHostSave:
+    """The host writes fields of the page at the layout's `hsave`, by the names of the VMCB."""
+
+    changes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StepRsm:
+    """RSM in SMM, and nothing that would come after it: KVM_GUESTDBG_SINGLESTEP stops there.
+
+    The result is `stepped`, also where RSM has failed and what comes of that is still pending. Then
+    `Outcome.seen` has the registers that RSM has loaded, as `after.rip`, `after.cs.attributes`, ...
+    """
 
 
 @dataclass(frozen=True)
@@ -151,6 +172,8 @@ Operation = (
     | Smi
     | WriteVmcb
     | WriteSaveArea
+    | WriteHostSave
+    | StepRsm
     | SetSlot
 )
 
@@ -167,7 +190,9 @@ class Outcome:
     result: str
     """`ok`; an ioctl's errno (`EINVAL`); how KVM_RUN ended: `report` (the instruction was executed
     and the guest reported), `#GP`... (a handler reported), `shutdown`, `hlt`, `internal error`,
-    `intr` (immediate_exit), `run: ENOMEM` (its errno), `hang` (its deadline)."""
+    `intr` (immediate_exit), `fail entry`, `run: ENOMEM` (its errno), `hang` (its deadline). A model
+    also says `unknown` (it cannot tell; nothing is predicted from there on) and `over` (the vCPU
+    cannot be run any more)."""
     seen: Mapping[str, Value] = field(default_factory=dict)
     """By name: `efer`, `gif`, `guest_mode`, `run_pending`, `vmcb_pa`, `smm`, `smi_pending`,
     `nested_bytes`, `rip`..., `nested.control.asid`, `vmcb_a.control.exit_code`, ... A model leaves

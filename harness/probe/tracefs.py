@@ -155,7 +155,8 @@ class TraceInstance:
 # "comm-tid [cpu] flags stamp: " and then "name: fields", or "<stack trace>" for the event before
 # it.
 _LINE = re.compile(r"^.*-(\d+)\s+(\[\d+\]) \S+\s+[\d.]+: (?:(\w+): (.*)|<stack trace>)$")
-_FIELD = re.compile(r"(\w+)=(\S+)")
+# KVM's older events print "name: value".
+_FIELD = re.compile(r"(\w+)(?:=|: )(\S+)")
 
 
 def parse(text: str) -> list[TraceEvent]:

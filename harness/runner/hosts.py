@@ -12,9 +12,13 @@ from typing import Any, Self
 from harness.errors import HostError
 from harness.facts import HostView, nested_svm
 from harness.host.session import Host, Session
+from harness.scenarios.case import GUEST_LINUX
 
 #: The kernel that the emulated host boots unless told otherwise.
 DEFAULT_KERNEL = "6.1"
+
+#: Memory of an emulated host that has a Linux guest, in MiB.
+GUEST_LINUX_MIB = 1024
 
 
 @dataclass(frozen=True)
@@ -47,22 +51,37 @@ def make_host(
     *,
     warm: bool = True,
     keep_spare: bool = False,
+    cpus: int = 1,
 ) -> Host:
-    """Return the chosen host, not started yet.
+    """Return the chosen host, not started yet; an emulated one gets `cpus` CPUs.
+
+    `params` are kvm_amd's, and may have GUEST_LINUX.
 
     Raises:
         HostError: it cannot be had.
     """
+    params = dict(params or {})
+    guest_linux = params.pop(GUEST_LINUX, None) is not None
     # Imported here: neither kind of host needs what the other one does.
     if choice.resolved() == "local":
         from harness.host.local import LocalHost
 
-        return LocalHost(params)
-    from harness.host.emulated import EmulatedHost
+        if not guest_linux:
+            return LocalHost(params)
+        from harness.host.guest_payload import build_payload
+        from harness.host.kernels import resolve
+
+        return LocalHost(params, build_payload(resolve(DEFAULT_KERNEL)))
+    from harness.host.emulated import EmulatedHost, Hardware
     from harness.host.kernels import resolve
 
     kernel = resolve(choice.kernel or DEFAULT_KERNEL, choice.modules)
-    return EmulatedHost(kernel, params, warm=warm, keep_spare=keep_spare, log=log)
+    hardware = Hardware(cpus=cpus)
+    if guest_linux:
+        from harness.host.guest_payload import build_payload
+
+        hardware = Hardware(cpus, GUEST_LINUX_MIB, build_payload(kernel))
+    return EmulatedHost(kernel, params, hardware, warm=warm, keep_spare=keep_spare, log=log)
 
 
 class HostPool:

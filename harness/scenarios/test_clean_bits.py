@@ -170,10 +170,27 @@ def test_unchanged_vmcb_may_be_all_clean(context: Context, svme_toggled: bool) -
     limit = _run(context, l2)
     l2.vmcb["control.clean"] = ALL_CLEAN
     if svme_toggled:
-        efer = Efer(l1.rdmsr(Msr.MSR_EFER))
-        for svme in (0, 1):
-            l1.wrmsr(Msr.MSR_EFER, efer.replace(SVME=svme))
+        _toggle_svme(l1)
     context.expect("GDTR limit in L2", _run(context, l2), limit, hex)
+
+
+def _toggle_svme(l1: Level) -> None:
+    efer = Efer(l1.rdmsr(Msr.MSR_EFER))
+    for svme in (0, 1):
+        l1.wrmsr(Msr.MSR_EFER, efer.replace(SVME=svme))
+
+
+@scenario(needs=[nested_svm], axes={"group": tuple(GROUPS)}, levels=2)
+def test_clean_bits_mean_nothing_once_svme_was_cleared(context: Context, group: str) -> None:
+    """What was cached goes with EFER.SVME: a field that was changed is loaded, clean or not."""
+    row = GROUPS[group]
+    l1 = proxy_machine(context).l1
+    l2 = _guest(l1, row)
+    _run(context, l2)
+    _toggle_svme(l1)
+    expected = _change(row, l2.vmcb)
+    l2.vmcb["control.clean"] = ALL_CLEAN
+    context.expect(f"{row.field} in L2", _run(context, l2), expected, hex)
 
 
 @scenario(needs=[nested_svm], levels=2)

@@ -17,18 +17,23 @@ from harness.errors import HostLost, NsvmError
 _COMMANDS = {
     "bench": "compare the harness's speed with C's and bare QEMU's",
     "boot": "boot an image and print what it says on its serial port",
+    "compare": "which cases ended differently in several runs, and why",
     "doctor": "what this machine can do, with evidence and how to mend a no",
+    "identify": "which known behaviours of nested SVM the running kernel has",
+    "fields": "every field of vmcb12: what VMRUN and KVM_SET_NESTED_STATE take of it",
     "inspect": "what is in the stream of a saved machine",
     "kernel": "kernels for the emulated host",
     "load": "go on with a saved machine on any host, and compare with its twin",
     "list": "the scenarios and their cases",
     "memory": "measure nested-state memory per vCPU",
     "migrate": "storms of migrations, and the table of kernels that take each other's machines",
+    "race": "rewrite vmcb12 while VMRUN reads it: does KVM look twice?",
     "receive": "take a machine that `nsvm send` sends, and let it go on here",
     "run": "run scenarios on a host",
     "save": "save a machine with L2 or L3 running to a file",
     "send": "send a machine live to another host, through ssh or a socket",
     "shell": "a Python prompt in a host: drive L1, L2, ... by hand",
+    "smi": "storms of SMIs into machines whose nested guests are at work",
 }
 
 #: ERROR: the harness or the lab broke, or the command was used wrongly.

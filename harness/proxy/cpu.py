@@ -31,6 +31,8 @@ class Cpu:
         """The level that spoke last; it stands at its report and has nothing to do."""
         self.before_run: Callable[[Cpu], None] | None = None
         """Called before every run of the vCPU, when it stands between two; to move the machine."""
+        self.answers_smi_port = machine.smm_wired
+        """Whether a write to SMI_COMMAND_PORT raises an SMI."""
         self.port_writes: list[PortOut] = []
         """Writes to ports that nobody owns, in order."""
         self._levels: dict[int, Level] = {}
@@ -111,8 +113,8 @@ class Cpu:
                 return self._decode(event.value)
             if isinstance(event, PortOut):
                 self.port_writes.append(event)
-                if event.port == SMI_COMMAND_PORT and self._smm is not None:
-                    self._smm.interrupted = self.current
+                if event.port == SMI_COMMAND_PORT and self.answers_smi_port:
+                    self.smm.interrupted = self.current
                     self.runner.vcpu.smi()
                 continue
             raise stopped(self, event)

@@ -116,14 +116,22 @@ def wait_halted(machine: ProxyMachine, vcpu: int = 0) -> None:
 
     Raises ScenarioFailure: it does not.
     """
+    wait_mp_state(machine, MpState.KVM_MP_STATE_HALTED, vcpu)
+
+
+def wait_mp_state(machine: ProxyMachine, wanted: MpState, vcpu: int = 0) -> None:
+    """Wait until a vCPU that runs in a thread is in a state.
+
+    Raises ScenarioFailure: it does not get there.
+    """
     deadline = time.monotonic() + _HALT_S
     while time.monotonic() < deadline:
         with machine.paused():
             state = machine.vcpus[vcpu].vcpu.get_mp_state().mp_state
-        if state == MpState.KVM_MP_STATE_HALTED:
+        if state == wanted:
             return
         time.sleep(_POLL_S)
-    raise ScenarioFailure(f"vCPU {vcpu} did not halt within {_HALT_S:g} s")
+    raise ScenarioFailure(f"vCPU {vcpu}: no {wanted.name} within {_HALT_S:g} s")
 
 
 def run_to_port(machine: ProxyMachine) -> str:

@@ -9,16 +9,19 @@ from __future__ import annotations
 from harness.facts import nested_svm, smm
 from harness.proxy.apic import Apic
 from harness.proxy.machine import ProxyMachine
-from harness.proxy.program import cpuid, load, nop, outb, rdmsr, simple, store
+from harness.proxy.ops import Policy
+from harness.proxy.program import NMI, cpuid, load, nop, outb, rdmsr, simple, store
 from harness.proxy.smm import SMI_COMMAND_PORT
 from harness.proxy.vmexit import VmExit
 from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
-from harness.scenarios.migration_stops import outcome
+from harness.scenarios.migration_stops import change_events, outcome
 from harness.scenarios.twins import Log, Trip, expect_twins
 from harness.svm.msrs import Msr
+from kvm_ioctl.asm_kvm import kvm_vcpu_events
 
 LEVELS = (1, 2, 3)
+_VECTOR = 0x40
 
 
 @scenario(needs=[nested_svm, smm], axes={"level": LEVELS, "npt": (True, False)}, levels=3)
@@ -117,6 +120,50 @@ def test_migrate_at_every_exit_of_smm(context: Context, level: int) -> None:
 
     moves = expect_twins(context, journey, everywhere=True, smm=True)
     context.note("moves", count=moves)
+
+
+@scenario(needs=[nested_svm, smm], axes={"level": LEVELS}, levels=3)
+def test_migrate_in_smm_with_an_smi_latched(context: Context, level: int) -> None:
+    """An SMI that is latched in SMM is taken once, after the move and RSM."""
+
+    def journey(machine: ProxyMachine, log: Log) -> Trip:
+        guest = machine.level(level, npt=False)
+        guest.run(nop())
+        handler = machine.inject_smi()
+        machine.vcpus[0].vcpu.smi()
+        log("SMM", handler.ping())
+        yield
+        seen = _count_smis(machine)
+        log("handler", handler.ping())
+        handler.instance.send([simple("RSM")])
+        guest.go_on()
+        log("goes on", guest.run([store(guest.scratch, 1), nop()]))
+        log("SMIs", len(seen))
+
+    expect_twins(context, journey, smm=True)
+
+
+@scenario(needs=[nested_svm, smm], axes={"level": (1, 2)}, levels=2)
+def test_migrate_in_smm_inside_an_nmi(context: Context, level: int) -> None:
+    """SMM that was entered from an NMI handler goes back to it after the move: NMIs are blocked."""
+
+    def mask(events: kvm_vcpu_events) -> None:
+        events.nmi.masked = 1
+
+    def journey(machine: ProxyMachine, log: Log) -> Trip:
+        guest = machine.level(level, npt=False)
+        guest.set_policy(_VECTOR, Policy.COUNT)
+        guest.run(nop())
+        change_events(machine, mask)
+        handler = machine.inject_smi()
+        machine.vcpus[0].vcpu.nmi()
+        yield
+        log("RSM", handler.rsm().name)
+        log("before IRET", [guest.ping(), guest.counted(NMI)])
+        log("IRET", guest.run([guest.int_n(_VECTOR), nop()]))
+        log("after IRET", guest.counted(NMI))
+
+    expect_twins(context, journey, smm=True)
 
 
 @scenario(needs=[nested_svm, smm], levels=2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from harness.errors import ScenarioFailure
 from harness.facts import nested_svm, smm
 from harness.proxy.level import Level
 from harness.proxy.machine import ProxyMachine
@@ -20,12 +19,11 @@ from harness.scenarios.bare_code import THE_END, Ending, raised
 from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
 from harness.scenarios.l2 import expect_fault, gif_of, proxy_machine
+from harness.scenarios.smi import step_over_rsm
 from harness.scenarios.test_instruction_modes import ALL, UNKNOWN_HYPERCALL
 from harness.scenarios.test_instructions import WITH_VMCB
 from harness.svm.msrs import Efer, Msr
 from harness.svm.vmcb import VMCB_SAVE_OFFSET, vmcb_save_area
-from kvm_ioctl.asm_kvm import RunFlags
-from kvm_ioctl.linux_kvm import GuestDebug
 
 HANG_S = 5.0
 LEVELS: Final = (1, 2)
@@ -120,7 +118,7 @@ def test_rsm_of_a_handler_with_svme_set(context: Context, level: int) -> None:
     if level == 2:
         # By single steps, and looked at before L2 runs: a KVM that lost L1's state has lost its
         # own intercepts with it, and L2 would take the host down.
-        _step_over_rsm(handler)
+        step_over_rsm(handler)
         kept, wanted = _kept_cr3(machine), int(machine.l1.tables.root)
         context.expect("CR3 that KVM keeps for L1", kept, wanted, hex)
         machine.cpus[0].wait_report(HANG_S)
@@ -129,27 +127,6 @@ def test_rsm_of_a_handler_with_svme_set(context: Context, level: int) -> None:
     context.expect("SVME after RSM", Efer(interrupted.rdmsr(Msr.MSR_EFER)).SVME, 1)
     context.expect("L1 alive", machine.l1.ping(), True)
     context.expect("L2 answers", machine.level(2, npt=False).ping(), True)
-
-
-_MOST_STEPS: Final = 20_000
-"""Far more than a proxy executes for one operation."""
-
-
-def _step_over_rsm(handler: SmmLevel) -> None:
-    """Let the handler execute RSM and stop before the instruction that follows.
-
-    Raises ScenarioFailure: the vCPU does not leave SMM.
-    """
-    handler.instance.send([line_of("RSM")()])
-    runner = handler.cpu.runner
-    on = GuestDebug.KVM_GUESTDBG_ENABLE | GuestDebug.KVM_GUESTDBG_SINGLESTEP
-    runner.vcpu.set_guest_debug(on)
-    for _ in range(_MOST_STEPS):
-        runner.step(HANG_S)
-        if not runner.vcpu.run.flags & RunFlags.KVM_RUN_X86_SMM:
-            runner.vcpu.set_guest_debug(0)
-            return
-    raise ScenarioFailure(f"still in SMM after {_MOST_STEPS} steps")
 
 
 def _kept_cr3(machine: ProxyMachine) -> int:

@@ -1,4 +1,4 @@
-"""What is called inside a host for `nsvm migrate`, `nsvm save` and `nsvm load`."""
+"""What is called inside a host for `nsvm migrate`, `nsvm save`, `nsvm load` and `nsvm smi`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from harness.migrate.errors import Refused
 from harness.storm.bounce import Emit, Plan
 from harness.storm.bounce import storm as blow
 from harness.storm.relay import relayed
+from harness.storm.smi_storm import SmiPlan, smi_storm
 from harness.storm.travel import arrive, depart, place_named, prepare, settle
 from harness.storm.workload import Kind
 from kvm_ioctl.handles import Kvm
@@ -22,6 +23,14 @@ def storm(
 ) -> dict[str, Any]:
     """Move a machine at work to and fro between two processes; see `bounce`."""
     return blow(emit, Plan(moves, Kind(levels, npt), seed, Tracking(tracking)))
+
+
+def storm_of_smis(
+    emit: Emit, *, smis: int, levels: int, npt: bool, save_area: bool, seed: int
+) -> dict[str, Any]:
+    """Send SMIs to a machine at work; see `smi_storm`."""
+    with Kvm() as kvm:
+        return smi_storm(emit, kvm, SmiPlan(smis, Kind(levels, npt), seed, save_area))
 
 
 def depart_from(emit: Emit, *, place: str) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""`nsvm smi`: storms of SMIs into machines whose nested guests are at work."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from harness.commands.options import host_choice, host_options, require_writable, write_json
+from harness.host.session import CallResult, Event
+from harness.probe.kmsg import splats
+from harness.report.verdict import Verdict, exit_status
+from harness.runner.hosts import make_host
+
+_PER_SMI_S = 5.0
+_TOLD_EVERY = 100
+"""SMIs, where nobody sees a bar grow."""
+
+
+@click.command("smi")
+@click.option("--storm", "smis", type=click.IntRange(1), metavar="N", help="Send N SMIs.")
+@click.option("--levels", type=click.IntRange(1, 3), default=2, show_default=True)
+@click.option("--shadow", is_flag=True, help="Shadow paging for L2 and L3; else nested paging.")
+@click.option("--save-area", is_flag=True, help="Check every save area against what it is of.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@host_options
+def command(
+    smis: int | None,
+    levels: int,
+    shadow: bool,
+    save_area: bool,
+    seed: int,
+    json_file: Path | None,
+    host: str,
+    kernel: str | None,
+    modules: Path | None,
+) -> None:
+    """Send SMIs to a machine whose nested guests are at work, and compare it with a calm twin.
+
+    They come at random times: by KVM_SMI, by an interrupt message while the vCPU runs, and from the
+    guest itself.
+
+    Exit status: 0 nothing diverged, 1 something did, 2 a host broke.
+    """
+    require_writable(json_file)
+    if smis is None:
+        raise click.UsageError("--storm N, please")
+    options = {"levels": levels, "npt": not shadow, "save_area": save_area, "seed": seed}
+    with make_host(host_choice(host, kernel, modules), log=_log) as where:
+        report = _storm(where, smis, options)
+    if json_file is not None:
+        write_json(json_file, report)
+    if json_file is None or str(json_file) != "-":
+        _print(report)
+    sys.exit(exit_status([Verdict(report["verdict"])]))
+
+
+def _log(text: str) -> None:
+    click.echo(f"nsvm: {text}", err=True)
+
+
+def _storm(where: Any, smis: int, options: dict[str, Any]) -> dict[str, Any]:
+    session = where.start()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("SMIs", total=smis)
+
+        def on_event(event: Event) -> None:
+            if event["event"] == "emit" and event["kind"] == "smi":
+                number = event["data"]["number"]
+                progress.update(task, completed=number)
+                if not progress.console.is_terminal and number % _TOLD_EVERY == 0:
+                    _log(f"{number} of {smis} SMIs")
+
+        result = session.call(
+            "harness.storm.calls:storm_of_smis",
+            timeout_s=120 + _PER_SMI_S * smis,
+            on_event=on_event,
+            smis=smis,
+            **options,
+        )
+    return {"host": where.describe(), **_outcome(result)}
+
+
+def _outcome(result: CallResult) -> dict[str, Any]:
+    said = splats(event["text"] for event in result.kmsg)
+    if result.outcome == "raise" and "ScenarioFailure" in result.error.get("bases", ()):
+        return {"verdict": "FAIL", "why": result.error["message"], "kernel_log": said}
+    report: dict[str, Any] = result.unwrap("the storm")
+    failed = report["divergences"] or report["implausible_save_areas"] or said
+    return {"verdict": "FAIL" if failed else "PASS", **report, "kernel_log": said}
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    host = report["host"]
+    console.print(f"host         {host['kind']}, {host['kernel_release']}", markup=False)
+    for splat in report["kernel_log"]:
+        console.print(f"kernel       {splat}", markup=False, soft_wrap=True)
+    if "why" in report:
+        console.print(report["why"], markup=False, soft_wrap=True)
+    else:
+        _print_numbers(console, report)
+    console.print(f"verdict      {report['verdict']}")
+
+
+def _print_numbers(console: Console, report: dict[str, Any]) -> None:
+    paging = "nested" if report["nested_paging"] else "shadow"
+    console.print(
+        f"storm        {report['smis']} SMIs, L{report['levels']}, {paging} paging, "
+        f"{report['steps']} steps, seed {report['seed']}, {report['seconds']:.0f} s"
+    )
+    for title, counts in (("interrupted", report["hit"]), ("sent by", report["sources"])):
+        shown = ", ".join(f"{name or 'nobody'} {count}" for name, count in counts.items())
+        console.print(f"{title:<13}{shown}")
+    if report["save_areas_checked"]:
+        checked, wrong = report["save_areas_checked"], report["implausible_save_areas"]
+        console.print(f"save areas   {checked} checked, {wrong} implausible")
+    console.print(f"divergences  {report['divergences']}")
+    for text in (*report["first_divergences"], *report["first_implausible"]):
+        console.print(f"  {text}", markup=False, soft_wrap=True)
+    table = Table("", *report["latency_s"], title="latency, ms", title_justify="left")
+    table.add_row("SMI", *(f"{1000 * value:.1f}" for value in report["latency_s"].values()))
+    console.print(table)

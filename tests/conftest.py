@@ -40,6 +40,12 @@ def kernel(request):
 
 
 @pytest.fixture(scope="session")
+def all_kernels():
+    """What to test with, as `--kernel` takes them, the oldest first."""
+    return KERNELS
+
+
+@pytest.fixture(scope="session")
 def one_kernel():
     """The first of `KERNELS`, for what does not depend on the kernel."""
     return resolved(KERNELS[0])

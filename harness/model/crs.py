@@ -19,6 +19,8 @@ _HARMLESS_CR4: Final = Cr4.of(
 _HARMFUL_RFLAGS: Final = 0x3_4300
 """TF, IF, NT, RF and VM."""
 _CODE: Final = SegAttrib.of(P=1, L=1, S=1, TYPE=8)
+_CODE_32: Final = SegAttrib.of(P=1, DB=1, S=1, TYPE=8)
+_FLAT_LIMIT: Final = 0xFFFF_FFFF
 
 
 def is_legal_cr0(cr0: int) -> bool:
@@ -76,12 +78,13 @@ def can_execute(s: State) -> bool:
     if in_real_mode(s):
         there = s.memory.is_present("smram") or not s.smm
         return there and not s.guest_mode and regs["cs.base"] == DEFAULT_SMBASE
-    return _pages_serve(s) and (
-        regs["cpl"] == 0
-        and regs["cs.attrib"] & _CODE == _CODE
-        and not SegAttrib(regs["cs.attrib"]).DB
-        and not regs["rflags"] & _HARMFUL_RFLAGS
-        and not regs["dr7"] & 0xFF
+    cs = regs["cs.attrib"]
+    if Cr0(regs["cr0"]).PG:
+        serves = _pages_serve(s) and cs & _CODE == _CODE and not SegAttrib(cs).DB
+    else:
+        serves = _is_flat_32(s)
+    return serves and (
+        regs["cpl"] == 0 and not regs["rflags"] & _HARMFUL_RFLAGS and not regs["dr7"] & 0xFF
     )
 
 
@@ -94,8 +97,18 @@ def _pages_serve(s: State) -> bool:
     if regs["cr3"] != UNKNOWN and regs["cr3"] & ~0xFFF != layout.PML4_GPA:
         return False
     if s.guest_mode and NestedCtl(s.control["nested_ctl"]).NP_ENABLE:
-        return s.control["nested_cr3"] & ~0xFFF == layout.PML4_GPA
+        # The mode of nested paging is that of L1's own.
+        host = Efer(s.l1.get("efer", 0)).LMA and Cr4(s.l1.get("cr4", 0)).PAE
+        return bool(host) and s.control["nested_cr3"] & ~0xFFF == layout.PML4_GPA
     return True
+
+
+def _is_flat_32(s: State) -> bool:
+    """Tell whether this is 32-bit code in a flat segment: reports and NOP are the same there."""
+    regs = s.regs
+    flat = regs["cs.base"] == 0 and regs["cs.limit"] == _FLAT_LIMIT
+    mode = regs["cs.attrib"] & (_CODE_32 | SegAttrib.L.mask) == _CODE_32
+    return flat and mode and not s.guest_mode and not Cr4(regs["cr4"]).PCIDE
 
 
 def can_take_exceptions(s: State) -> bool:
@@ -105,7 +118,8 @@ def can_take_exceptions(s: State) -> bool:
         return True
     regs = s.regs
     return (
-        regs["idtr.base"] == layout.IDT_GPA
+        s.long_mode
+        and regs["idtr.base"] == layout.IDT_GPA
         and regs["idtr.limit"] >= layout.IDT_LIMIT
         and regs["gdtr.base"] == layout.GDT_GPA
         and regs["gdtr.limit"] >= layout.GDT_LIMIT

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from harness.svm.msrs import Cr4, Efer
 
-GUEST_FEATURES: Final = ("svm", "lm", "npt")
+GUEST_FEATURES: Final = ("svm", "lm", "npt", "nx")
 """The features that `SetCpuid` can take away and give back."""
 
 CR4_RESERVED: Final = 0xFFFF_FFFF_FFFF_FFFF & ~(

@@ -11,12 +11,13 @@ from typing import Final
 
 from harness.model import layout
 from harness.model.areas import SAVE, VMCB
-from harness.model.crs import can_take_exceptions, in_real_mode
+from harness.model.checks import cpu_violations
+from harness.model.crs import can_execute, can_take_exceptions, in_real_mode
 from harness.model.efer import write_msr_efer
 from harness.model.errors import CannotKnow
 from harness.model.memory import UNKNOWN
 from harness.model.operations import Instruction
-from harness.model.smm import rsm
+from harness.model.rsm import QUEUED_UD, rsm
 from harness.model.state import State
 from harness.model.vmexit import vmexit
 from harness.model.vmrun import vmrun
@@ -295,7 +296,14 @@ def _vmmcall(s: State) -> str | None:
 def _rsm(s: State) -> str | None:
     if not s.smm:
         return exception(s, UD)
-    return rsm(s)
+    ended = rsm(s)
+    if ended != QUEUED_UD:
+        return ended
+    if s.smi_pending and s.gif:
+        raise CannotKnow("an SMI comes before the handler of #UD has reported")
+    if cpu_violations(s.control, s.regs, s.facts, s.facts.silicon) or not can_execute(s):
+        raise CannotKnow("RSM has failed in L2, which cannot run")
+    return exception(s, UD)
 
 
 _DO: Final[Mapping[Instruction, Callable[[State], str | None]]] = {

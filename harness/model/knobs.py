@@ -329,6 +329,21 @@ class Knobs:
             "as saved": "are loaded",
         },
     )
+    rsm_updates_mode: bool = _knob(
+        "the emulator's mode behind RSM", "em_rsm(), emulator_recalc_and_set_mode()",
+        false="is the handler's: in 64-bit mode only RIP is loaded whole, else RIP[31:0]",
+        true="is that of what was loaded; RFLAGS.VM in long mode and a CS that is not present have"
+        " none, and are an emulation failure",
+    )  # fmt: skip
+    rsm_cr3: Literal["in long mode", "checked"] = _knob(
+        "an illegal CR3 in the save area, at RSM", "rsm_enter_protected_mode(), kvm_set_cr3()",
+        **{"in long mode": "fails if the vCPU is in long mode by then, as only L2 is"},
+        checked="fails",
+    )  # fmt: skip
+    pg_in_64_bit_mode: Literal["cleared", "kept"] = _knob(
+        "CR0.PG clear in the save area, at RSM into 64-bit code of L2", "kvm_set_cr0()",
+        cleared="is loaded, and clears EFER.LMA", kept="fails",
+    )  # fmt: skip
     rsm_failure: Literal["internal error", "shutdown"] = _knob(
         "an RSM that fails", "em_rsm(), emulator_leave_smm()",
         shutdown="shuts the vCPU down",
@@ -488,6 +503,9 @@ _V5_10: Final = Knobs(
     rsm_cr_high="ignored",
     rsm_rflags="32 bits",
     rsm_limits="as a descriptor",
+    rsm_updates_mode=False,
+    rsm_cr3="in long mode",
+    pg_in_64_bit_mode="cleared",
     rsm_failure="internal error",
     rsm_failure_in_guest_mode="in L2",
     rsm_sets_run_pending=False,
@@ -535,6 +553,9 @@ _V6_1: Final = _V5_10.but(
     set_state_checks_save="as VMRUN",
     set_state_checks_cr3=True,
     rsm_checks="strict with DR",
+    rsm_updates_mode=True,
+    rsm_cr3="checked",
+    pg_in_64_bit_mode="kept",
     rsm_failure="shutdown",
     rsm_sets_run_pending=True,
     l1_state_in_smm="VM_HSAVE_PA",

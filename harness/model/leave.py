@@ -12,6 +12,10 @@ def leave_nested(s: State) -> None:
     if not s.guest_mode:
         return
     s.guest_mode = s.run_pending = False
+    s.shadow_by_rsm = None
+    if s.facts.vgif_on_l0:
+        # V_GIF is the VMCB's, and that is L1's again.
+        s.gif = s.l1_gif
     if s.knobs.l1_state == "vmcb01":
         s.vmcb12_gpa = NO_GPA
         _switch(s)

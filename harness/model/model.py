@@ -21,6 +21,7 @@ from harness.model.nested_state import get_nested_state, set_nested_state
 from harness.model.operations import (
     Execute,
     GetNestedState,
+    Instruction,
     Operation,
     Outcome,
     Resume,
@@ -40,7 +41,6 @@ from harness.model.operations import (
 from harness.model.rsm_registers import after_32, after_64
 from harness.model.run import kvm_run, prepare_entry
 from harness.model.seen import seen
-from harness.model.smm import rsm
 from harness.model.state import State, fresh
 from harness.svm.msrs import Msr
 from harness.svm.smram import SMRAM_STATE_OFFSET
@@ -151,7 +151,8 @@ def _execute_apart(s: State, what: Execute) -> str:
 def _execute_user(s: State, what: Execute) -> str:
     if not s.tr_serves:
         raise CannotKnow("an exception at CPL 3, and TR is not the layout's")
-    s.regs["cpl"] = 3
+    # IRETQ loads CS and SS, and nulls what CPL 3 may not have.
+    s.regs |= {name: UNKNOWN for name in (*SEG, "rsp")} | {"cpl": 3}
     was_l2 = s.guest_mode
     ended = perform(s, what.instruction)
     if was_l2 and not s.guest_mode:
@@ -159,7 +160,8 @@ def _execute_user(s: State, what: Execute) -> str:
     if ended is None:
         # It goes on with an INT to a handler, which reports.
         in_handler(s)
-        return kvm_run(s)
+        ended = kvm_run(s)
+        s.regs["rip"] = UNKNOWN
     return ended
 
 
@@ -176,9 +178,12 @@ def _step_rsm(m: Model, what: StepRsm, extra: dict[str, Value]) -> str:
         raise CannotKnow("RSM is stepped where SMM was not entered by an SMI")
     s.regs |= {"rip": UNKNOWN, "rsp": UNKNOWN, "rflags": layout.RFLAGS_ON}
     image = save_area.read(s)
-    ended = prepare_entry(s) or rsm(s)
+    ended = prepare_entry(s) or perform(s, Instruction.RSM)
     if ended:
         return ended
+    if s.guest_mode:
+        # Stepping may take the interrupt shadow that RSM has restored.
+        s.control["int_state"] = UNKNOWN
     if not s.triple_fault:
         after = after_64 if s.facts.lm else after_32
         extra |= after(s, image)

@@ -129,6 +129,7 @@ def _data(s: State, what: SetNestedState) -> tuple[dict[str, int], dict[str, int
 
 def _enter(s: State, what: SetNestedState, control: dict[str, int], save: dict[str, int]) -> None:
     """Go into guest mode with the current registers for L2's."""
+    s.l1_gif = s.gif
     if s.knobs.l1_state == "hsave page":
         s.l1 = save
     else:
@@ -136,7 +137,7 @@ def _enter(s: State, what: SetNestedState, control: dict[str, int], save: dict[s
         s.l1 |= {"rflags": save["rflags"] | _RFLAGS_FIXED, "cpl": 0}
     s.run_pending = bool(s.knobs.set_state_restores_run_pending and what.flags & RUN_PENDING)
     if s.knobs.set_state_gif_in_gm == "honoured":
-        s.gif = bool(what.flags & GIF_SET)
+        s.gif = s.l1_gif = bool(what.flags & GIF_SET)
     s.control = cached_control(s, control)
     s.next_rip_given |= bool(s.control["next_rip"])
     s.vmcb12_gpa = what.vmcb_pa

@@ -25,7 +25,8 @@ _SHADOW: Final = 3
 def after_64(s: State, image: dict[str, int]) -> dict[str, int]:
     """Return the registers after RSM from a 64-bit save area, by their names there."""
     after = {name: image[f"gprs.{index}"] for index, name in enumerate(SMRAM_GPRS)}
-    after |= {"rip": image["rip"], "rflags": save_area.loaded_rflags(image["rflags"], s.knobs)}
+    after["rip"] = save_area.loaded_rip(image["rip"], s.knobs)
+    after |= {"rflags": save_area.loaded_rflags(image["rflags"], s.knobs)}
     for name in SEGMENTS:
         after |= _segment(name, image, image[f"{name}.selector"], s.knobs)
     return _known(after | _tables(image) | _others(s, image))

@@ -21,7 +21,8 @@ from harness.model.vmexit import vmexit
 from harness.model.vmrun import msrpm_readable
 from harness.svm.exit_codes import VMEXIT_INVALID, ExitCode
 from harness.svm.intercepts import Intercept
-from harness.svm.vmcb import EventInj, IntCtl
+from harness.svm.msrs import Cr4
+from harness.svm.vmcb import EventInj, IntCtl, NestedCtl
 
 _LEFT_HALF_DONE: Final = (*SEG, *DT, "cr0", "cr2", "cr3", "dr7", "rflags", "rip", "rsp", "rax")
 
@@ -30,6 +31,9 @@ _MOST_ROUNDS: Final = 8
 
 REPORT: Final = "report"
 INTERNAL_ERROR: Final = "internal error"
+
+_BASES: Final = tuple(f"{name}.base" for name in ("es", "cs", "ss", "ds", "gdtr", "idtr"))
+_ONES: Final = 0xFFFF_FFFF_FFFF_FFFF
 
 
 def kvm_run(s: State) -> str:
@@ -80,6 +84,8 @@ def _before_entry(s: State) -> str | None:
 
 def _get_pages(s: State) -> bool:
     """Merge the MSR permission map after KVM_SET_NESTED_STATE (KVM_REQ_GET_NESTED_STATE_PAGES)."""
+    if s.pae_paging and not NestedCtl(s.control["nested_ctl"]).NP_ENABLE:
+        raise CannotKnow("KVM loads PDPTEs, and ends KVM_RUN without an exit reason if it cannot")
     readable = msrpm_readable(s)
     if readable or s.knobs.pages_request == "once":
         s.pages_pending = False
@@ -114,11 +120,15 @@ def _exit_l2(s: State, exit_code: int) -> None:
 
 def _enter_hardware(s: State) -> bool:
     """Enter the guest; return False if the CPU refuses L2's VMCB, which L1 sees as #VMEXIT."""
-    s.run_pending = False
+    s.run_pending = s.l1_shadow = False
     s.regs |= s.after_run
     s.after_run = {}
     if not s.guest_mode:
         return True
+    if NestedCtl(s.control["nested_ctl"]).NP_ENABLE and not s.memory.is_mapped(
+        s.control["nested_cr3"] & ~0xFFF
+    ):
+        raise CannotKnow("KVM cannot load the root of L1's nested page tables")
     if cpu_violations(s.control, s.regs, s.facts, s.facts.silicon):
         # What the CPU wrote into vmcb02 is reflected; QEMU's exit codes have 32 bits.
         wide = s.facts.silicon == SILICON
@@ -128,6 +138,7 @@ def _enter_hardware(s: State) -> bool:
             s.control |= {"event_inj": 0, "int_state": 0}
         _exit_l2(s, VMEXIT_INVALID if wide else VMEXIT_INVALID & 0xFFFF_FFFF)
         return False
+    _canonicalize(s)
     if EventInj(s.control["event_inj"]).VALID:
         raise CannotKnow("an event is injected into L2")
     # The CPU clears what it has taken; KVM keeps V_TPR in step with CR8 unless L1 virtualizes it.
@@ -135,6 +146,16 @@ def _enter_hardware(s: State) -> bool:
     if not IntCtl(s.control["int_ctl"]).V_INTR_MASKING:
         s.control["int_ctl"] &= ~IntCtl.V_TPR.mask
     return True
+
+
+def _canonicalize(s: State) -> None:
+    """Make bases canonical, as VMRUN does (APM vol. 2, 15.5.1)."""
+    width = 48 if s.facts.cr4_reserved & Cr4.LA57.mask else 57
+    low, sign = (1 << width) - 1, 1 << width - 1
+    for name in _BASES:
+        base = s.regs[name]
+        if base != UNKNOWN:
+            s.regs[name] = ((base & low ^ sign) - sign) & _ONES
 
 
 def _next_rip(s: State) -> int:
@@ -152,6 +173,7 @@ def _enter(s: State) -> str | None:
         return None
     if s.guest_mode:
         s.control["int_state"] = 0
+        s.shadow_by_rsm = None
     if not can_execute(s):
         raise CannotKnow("the guest runs with registers that the layout's code is not made for")
     instruction = _instruction_at(s)
@@ -183,6 +205,9 @@ def _l1_takes_report(s: State) -> bool:
 
 
 def _exit_l2_or_stay(s: State) -> None:
+    # The OUT is not executed: RIP stays at it.
+    behind = _behind_report(s)
+    s.regs["rip"] = behind if behind == UNKNOWN else behind - layout.REPORT_BYTES
     if not vmexit(s, IOIO_EXIT, UNKNOWN, UNKNOWN):
         raise CannotKnow("vmcb12 has no memory, and KVM stays in L2 with a #GP for it")
 

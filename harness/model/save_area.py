@@ -98,9 +98,11 @@ def save_32(s: State) -> dict[str, int]:
 
 
 def _shadow(s: State) -> int:
-    if not s.knobs.intr_shadow_in_smram or not s.guest_mode:
+    if not s.knobs.intr_shadow_in_smram:
         return 0
-    shadow = IntState(s.control["int_state"]).INTERRUPT_SHADOW
+    if not s.guest_mode:
+        return _SHADOW_STI_AND_MOV_SS if s.l1_shadow else 0
+    shadow = IntState(s.l2_int_state).INTERRUPT_SHADOW
     return _SHADOW_STI_AND_MOV_SS if shadow else 0
 
 
@@ -151,10 +153,17 @@ def load_segments_32(s: State, image: dict[str, int]) -> None:
 
 def loaded_limit(saved: int, attrib: int, knobs: Knobs) -> int:
     """Return a segment's limit as RSM loads it."""
-    if knobs.rsm_limits == "as saved" or UNKNOWN in (saved, attrib):
+    if knobs.rsm_limits == "as saved" or saved == UNKNOWN:
         return saved
+    if attrib == UNKNOWN:
+        return UNKNOWN
     kept = saved & MOST_BYTES
     return kept << 12 | 0xFFF if SegAttrib(attrib).G else kept
+
+
+def loaded_rip(saved: int, knobs: Knobs) -> int:
+    """Return RIP as RSM loads it from the 64-bit save area; the handler is in real mode."""
+    return saved if knobs.rsm_updates_mode or saved == UNKNOWN else saved & _LOW
 
 
 def loaded_rflags(saved: int, knobs: Knobs) -> int:

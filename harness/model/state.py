@@ -17,7 +17,7 @@ from harness.model.facts import CpuFacts
 from harness.model.knobs import Knobs
 from harness.model.memory import UNKNOWN, Memory
 from harness.svm.intercepts import Intercept
-from harness.svm.msrs import Cr0, Efer
+from harness.svm.msrs import Cr0, Cr4, Efer
 from harness.svm.smram import DEFAULT_SMBASE
 
 NO_GPA: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -50,6 +50,8 @@ class State:
     """Allocation, EFER.SVME and SMM. `nested.allocated` is KVM's `nested.initialized`."""
 
     gif: bool = True
+    l1_gif: bool = True
+    """GIF when guest mode was entered by VMRUN or KVM_SET_NESTED_STATE."""
     guest_mode: bool = False
     run_pending: bool = False
     pages_pending: bool = False
@@ -70,6 +72,10 @@ class State:
     """What vmcb02 holds of L2 while L1 runs: what clean bits leave there."""
     next_rip_given: bool = False
     """A next_rip other than 0 has come into guest mode without VMRUN."""
+    l1_shadow: bool = False
+    """RSM has put L1 into an interrupt shadow, which its next instruction ends."""
+    shadow_by_rsm: int | None = None
+    """L2's interrupt shadow where RSM has set another one than vmcb12's, until L2 runs."""
     l2_exit_code: int = UNKNOWN
     """The exit code of L2's last exit to KVM."""
     kept: Kept = field(default_factory=Kept)
@@ -118,6 +124,11 @@ class State:
         """EFER.LMA."""
         return bool(Efer(self.regs["efer"]).LMA)
 
+    @property
+    def pae_paging(self) -> bool:
+        """CR0.PG and CR4.PAE outside of long mode, as KVM sees it (`is_pae_paging()`)."""
+        return self.paging and bool(Cr4(self.regs["cr4"]).PAE) and not self.long_mode
+
     def l1_intercepts(self, intercept: Intercept) -> bool:
         """Tell whether L1 intercepts something in L2, by the cached vmcb12."""
         return bool(self.control.get(f"intercepts.{int(intercept.word)}", 0) & intercept.mask)
@@ -125,6 +136,12 @@ class State:
     def l1_intercepts_exception(self, vector: int) -> bool:
         """Tell whether L1 intercepts an exception in L2."""
         return bool(self.control.get("intercepts.2", 0) >> vector & 1)
+
+    @property
+    def l2_int_state(self) -> int:
+        """int_state of vmcb02."""
+        given = self.shadow_by_rsm
+        return self.control["int_state"] if given is None else given
 
     def keep_vmcb02(self) -> None:
         """Note what L2 leaves in vmcb02."""

@@ -10,9 +10,11 @@ from typing import Final
 from harness.model.areas import CR, DR, DT, SEG, VMCB, VMRUN_STATE
 from harness.model.crs import load_cr0
 from harness.model.errors import CannotKnow
+from harness.model.memory import UNKNOWN
 from harness.model.state import State
 from harness.svm.exit_codes import VMEXIT_INVALID
-from harness.svm.msrs import Cr0, Efer
+from harness.svm.msrs import Cr0, Cr4, Efer
+from harness.svm.vmcb import NestedCtl
 
 _WRITTEN: Final = (*SEG, *DT, *CR, *DR, "cr2", "rflags", "rip", "rsp", "rax")
 _DR7_FIXED_1: Final = 0x400
@@ -34,12 +36,15 @@ def vmexit(s: State, exit_code: int, info_1: int = 0, info_2: int = 0) -> bool:
 
 
 def _write_back(s: State, page: int, exit_code: int, info_1: int, info_2: int) -> None:
+    if NestedCtl(s.control["nested_ctl"]).NP_ENABLE:
+        # What an exit does not define is that of the #NPF that KVM last served.
+        info_1 = info_2 = UNKNOWN
     written = {f"save.{name}": s.regs[name] for name in _WRITTEN}
     written |= {
         "control.exit_code": exit_code,
         "control.exit_info_1": info_1,
         "control.exit_info_2": info_2,
-        "control.int_state": s.control["int_state"],
+        "control.int_state": s.l2_int_state,
         "control.int_ctl": s.control["int_ctl"],
     }
     if exit_code not in (VMEXIT_INVALID, _EXIT_CODE_LOW):
@@ -68,14 +73,18 @@ def _by_knobs(s: State) -> dict[str, int]:
 def _restore_l1(s: State) -> None:
     if not Efer(s.l1["efer"]).SVME:
         raise CannotKnow("L1's state has EFER.SVME clear: nested state goes under KVM's feet")
+    if Efer(s.l1["efer"]).LMA and not Cr4(s.l1["cr4"]).PAE:
+        raise CannotKnow("L1's state has EFER.LMA without CR4.PAE: KVM's MMU has no such mode")
     s.keep_vmcb02()
     s.guest_mode = s.run_pending = s.pages_pending = False
+    s.shadow_by_rsm = None
     s.vmcb12_gpa = 0
     s.gif = False
     s.control["nested_cr3"] = 0
     s.regs |= {name: s.l1[name] for name in VMRUN_STATE if name != "cr0"}
     load_cr0(s, s.l1["cr0"] | Cr0.PE.mask)
-    s.regs["dr7"] = _DR7_FIXED_1
+    # The hsave page's design clears the one VMCB's, and not what KVM remembers of it.
+    s.regs["dr7"] = 0
     if s.knobs.l1_state == "vmcb01":
-        s.regs["arch_dr7"] = _DR7_FIXED_1
+        s.regs |= {"dr7": _DR7_FIXED_1, "arch_dr7": _DR7_FIXED_1}
     s.regs["cpl"] = 0

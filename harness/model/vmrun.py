@@ -148,12 +148,16 @@ def enter_guest_mode(
     A VMRUN then ends with #VMEXIT; of an RSM the caller makes what it will.
     Source: `enter_svm_guest_mode()`.
     """
+    if vmrun or s.knobs.l1_state == "vmcb01":
+        s.l1_gif = s.gif
     s.vmcb12_gpa = gpa
     s.guest_mode = True
     s.l2_exit_code = UNKNOWN
     _load(s, gpa, save, clean)
-    pdptes = _pdptes(s, save["cr3"])
-    failed = bool(late_violations(save, s.control, s.knobs, s.facts, pdptes=pdptes))
+    # After an RSM they are loaded with the MSR permission map, where that is put off.
+    put_off = not vmrun and s.knobs.rsm_sets_run_pending
+    found = None if put_off else pdptes(s, save["cr3"])
+    failed = bool(late_violations(save, s.control, s.knobs, s.facts, pdptes=found))
     if not failed:
         s.gif = True
         s.pages_pending = not vmrun and s.knobs.rsm_sets_run_pending
@@ -165,7 +169,7 @@ def enter_guest_mode(
     return not failed
 
 
-def _pdptes(s: State, cr3: int) -> tuple[int, ...] | None:
+def pdptes(s: State, cr3: int) -> tuple[int, ...] | None:
     """Return what KVM finds where CR3 points if L2 wants PAE paging; None: the model cannot say."""
     gpa = cr3 & _PDPT_MASK
     if not s.memory.is_mapped(gpa):

@@ -12,6 +12,7 @@ class Leaf(IntEnum):
     FEATURES = 0x0000_0001
     STRUCTURED_FEATURES = 0x0000_0007
     TOPOLOGY = 0x0000_000B
+    XSTATE = 0x0000_000D
     TOPOLOGY_V2 = 0x0000_001F
     KVM_SIGNATURE = 0x4000_0000
     EXTENDED = 0x8000_0000
@@ -20,6 +21,16 @@ class Leaf(IntEnum):
     SVM = 0x8000_000A
     EXTENDED_APIC_ID = 0x8000_001E
     EXTENDED_TOPOLOGY = 0x8000_0026
+
+
+class FeaturesEcx(Bits):
+    """CPUID 0000_0001 ECX, the bits about extended state."""
+
+    F16C = bits(29)
+    AVX = bits(28)
+    OSXSAVE = bits(27)
+    XSAVE = bits(26)
+    FMA = bits(12)
 
 
 class ExtendedFeaturesEcx(Bits):
@@ -40,15 +51,20 @@ class ExtendedFeaturesEdx(Bits):
 
 
 class StructuredFeaturesEbx(Bits):
-    """CPUID 0000_0007 subleaf 0 EBX, the bits that intercepts depend on."""
+    """CPUID 0000_0007 subleaf 0 EBX, the bits that intercepts or extended state depend on."""
 
     INVPCID = bits(10)
+    AVX2 = bits(5)
 
 
 class StructuredFeaturesEcx(Bits):
-    """CPUID 0000_0007 subleaf 0 ECX, the bits about state that the VMCB has."""
+    """CPUID 0000_0007 subleaf 0 ECX, the bits about state that the VMCB or XSAVE has."""
 
+    VPCLMULQDQ = bits(10)
+    VAES = bits(9)
     SHSTK = bits(7)
+    OSPKE = bits(4)
+    PKU = bits(3)
 
 
 class AddressSizesEbx(Bits):

@@ -1,7 +1,6 @@
 """`nsvm identify`, on each test kernel: the named setting comes out, with nothing unexplained."""
 
 import pytest
-from conftest import KERNELS
 from nsvm_process import load_json, nsvm
 
 from harness.identify.by_host import NOT_SHOWN
@@ -37,8 +36,8 @@ def test_a_kernel_is_known_by_what_it_does(kernel, tmp_path):
 
 
 @pytest.mark.emulated
-def test_what_changed_from_one_kernel_to_another(tmp_path):
-    one, other = KERNELS[0], KERNELS[-1]
+def test_what_changed_from_one_kernel_to_another(tmp_path, all_kernels):
+    one, other = all_kernels[0], all_kernels[-1]
     if not {one, other} <= NOT_SEEN.keys():
         pytest.skip(f"{one}, {other}: not kernels that there are settings for")
     file = tmp_path / "changes.json"

@@ -202,6 +202,11 @@ WITNESSES = {
     "rsm_cr_high": one(*SMI_IN_L2, WriteSaveArea({"cr0": layout.CR0_ON | 1 << 40}), do("RSM")),
     "rsm_rflags": one(*SMI_IN_L1, WriteSaveArea({"rflags": 1 << 40}), StepRsm()),
     "rsm_limits": one(*SMI_IN_L1, WriteSaveArea({"ds.limit": 0x7FFF_FFFF}), StepRsm()),
+    "rsm_cr3": one(*SMI_IN_L1, WriteSaveArea({"cr3": 1 << 51}), StepRsm()),
+    "rsm_updates_mode": one(*SMI_IN_L1, WriteSaveArea({"cs.attributes": 0}), StepRsm()),
+    "pg_in_64_bit_mode": one(
+        *l2(), *SMI_IN_L2, WriteSaveArea({"cr0": layout.CR0_ON & ~(1 << 31)}), StepRsm()
+    ),
     "rsm_failure": one(*SMI_IN_L2, WriteSaveArea({"efer": 2}), do("RSM")),
     "rsm_failure_in_guest_mode": one(
         *l2_with(SHUTDOWN), *SMI_IN_L2, WriteSaveArea({"dr6": 1 << 40}), do("RSM")

@@ -1,0 +1,55 @@
+"""What kernels are known to complain of in their log, and which operations make them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from harness.model import layout
+from harness.model.operations import Operation, SetNestedState, SetSlot
+
+_MAPPED: Final = (layout.VMCB_A_GPA, layout.VMCB_B_GPA)
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """A WARN that has a name."""
+
+    id: str
+    what: str
+    source: str
+    line: str
+    """An expression that is found in the kernel's first line."""
+    provoked_by: Callable[[Operation], bool]
+    """Tells an operation without which it would be another one."""
+
+
+def _takes_vmcb12_away(operation: Operation) -> bool:
+    if isinstance(operation, SetSlot):
+        return operation.what in ("vmcb_a", "vmcb_b") and not operation.present
+    return isinstance(operation, SetNestedState) and operation.vmcb_pa not in _MAPPED
+
+
+COMPLAINTS: Final = (
+    Complaint(
+        "warn-vmcb12-away-at-smi",
+        "WARN when an SMI ends L2 and vmcb12 has no memory: a #GP is queued while events are"
+        " injected",
+        "kvm_check_and_inject_events(), nested_svm_vmexit() (6.12): exception.pending",
+        r"WARNING: .* kvm_check_and_inject_events\+",
+        _takes_vmcb12_away,
+    ),
+)
+"""All that are known."""
+
+
+def known_complaint(lines: Sequence[str], operations: Sequence[Operation]) -> Complaint | None:
+    """Return what a kernel complained of in a sequence, or None: a finding."""
+    for each in COMPLAINTS:
+        if all(re.search(each.line, line) for line in lines) and any(
+            map(each.provoked_by, operations)
+        ):
+            return each
+    return None

@@ -17,6 +17,8 @@ from harness.errors import HostLost, NsvmError
 _COMMANDS = {
     "bench": "compare the harness's speed with C's and bare QEMU's",
     "boot": "boot an image and print what it says on its serial port",
+    "crosscheck": "the model of nested state and a kernel, side by side, step by step",
+    "tamper": "change the SMRAM save area before RSM, cell by cell, and see where that leads",
     "compare": "which cases ended differently in several runs, and why",
     "doctor": "what this machine can do, with evidence and how to mend a no",
     "identify": "which known behaviours of nested SVM the running kernel has",
@@ -29,6 +31,7 @@ _COMMANDS = {
     "migrate": "storms of migrations, and the table of kernels that take each other's machines",
     "race": "rewrite vmcb12 while VMRUN reads it: does KVM look twice?",
     "receive": "take a machine that `nsvm send` sends, and let it go on here",
+    "replay": "repeat what a cross-check recorded, on any host and kernel",
     "run": "run scenarios on a host",
     "save": "save a machine with L2 or L3 running to a file",
     "send": "send a machine live to another host, through ssh or a socket",

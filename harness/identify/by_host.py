@@ -77,6 +77,9 @@ NOT_SHOWN = {
     "rsm_cr_high": "the cross-check shows it",
     "rsm_rflags": "the tampering matrix shows it",
     "rsm_limits": "the tampering matrix shows it",
+    "rsm_updates_mode": "the tampering matrix shows it",
+    "rsm_cr3": "the tampering matrix shows it",
+    "pg_in_64_bit_mode": "the tampering matrix shows it",
     "reset_leaves_nested": "guest mode is left either way",
 }
 """Knobs that no experiment here shows, and why."""

@@ -25,6 +25,8 @@ _ENTRIES = {"kvm_vcpu_ioctl", "kvm_vm_ioctl", "kvm_dev_ioctl"}
 #: Entries for exceptions and interrupts (asm_exc_page_fault, asm_sysvec_apic_timer_interrupt, ...).
 _INTERRUPTED = "asm_"
 _SLAB = re.compile(r"^(allocate_slab|new_slab|___slab_alloc)$")
+#: Who allocates nested state; either may be missing from a stack that has the other.
+_NESTED = {"svm_set_efer", "svm_allocate_nested"}
 #: Frames of the tracer and of the allocator itself, passed over to find who asked for memory.
 _ALLOCATOR = re.compile(
     r"^(trace_event_raw_event_|__?alloc_|alloc_pages|__?get_free_pages|get_zeroed_page|__?folio_alloc|"
@@ -47,8 +49,11 @@ class CallSite:
 
     @property
     def is_nested(self) -> bool:
-        """Asked for below EFER's setter: nested state, and nothing else is."""
-        return "svm_set_efer" in (self.function, *self.via)
+        """Asked for below EFER's setter, or below what allocates nested state: nothing else is.
+
+        RSM back into L2 calls `svm_allocate_nested` without the setter.
+        """
+        return not _NESTED.isdisjoint((self.function, *self.via))
 
 
 def call_site(event: TraceEvent) -> CallSite | None:

@@ -89,6 +89,11 @@ def test_a_setter_that_asks_itself_is_nested_state_too():
     assert CallSite("svm_set_efer", 0, ("kvm_vcpu_ioctl",)).is_nested
 
 
+def test_what_rsm_allocates_without_the_setter_is_nested_state_too():
+    stack = ("svm_allocate_nested", "svm_leave_smm", "em_rsm", "kvm_vcpu_ioctl")
+    assert CallSite("svm_vcpu_alloc_msrpm", 1, stack).is_nested
+
+
 def test_a_stack_that_ends_at_a_return_probe_is_no_call_site():
     """On 5.10, and the reason why this probe is not armed together with the functions one."""
     assert [call_site(e) for e in parse(records.pages("5.10-kretprobe"))] == [None] * 4

@@ -19,12 +19,21 @@ class HostLost(HostError):
 
     `silent`: an emulated host that hangs without a word from its kernel. That has a known cause in
     the emulation (static branches being patched under TCG), so it is worth one more try.
+    `unreachable`: there was no connection any more, and nobody knows what became of the host.
     """
 
-    def __init__(self, reason: str, console: str = "", *, silent: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        console: str = "",
+        *,
+        silent: bool = False,
+        unreachable: bool = False,
+    ) -> None:
         super().__init__(reason)
         self.console = console
         self.silent = silent
+        self.unreachable = unreachable
 
 
 class HarnessError(NsvmError):

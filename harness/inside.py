@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import linecache
 import os
@@ -12,17 +13,26 @@ from typing import Any
 
 from harness.errors import HarnessError, HostError, ScenarioFailure, Unsupported
 from harness.facts import HostView
+from harness.probe import memcg, tracefs
 from harness.scenarios.case import FRESH, LIFECYCLE, Scenario, scenario_of
 from harness.scenarios.context import Context, Emit
 from harness.scenarios.measure import measure_nested_memory
 from kvm_ioctl.request import KvmError
 
-__all__ = ["check_needs", "measure_nested_memory", "ping", "run_case"]
+__all__ = ["check_needs", "measure_nested_memory", "ping", "remove_leftovers", "run_case"]
 
 
 def ping(emit: Emit) -> int:
     """Return the process id of this call: a sign of life."""
     return os.getpid()
+
+
+def remove_leftovers() -> None:
+    """Remove the cgroups, trace instances and kprobes of processes of ours that are gone."""
+    with contextlib.suppress(HostError, OSError):
+        memcg.remove_leftovers(memcg.mount_point()[0])
+    with contextlib.suppress(HostError, OSError):
+        tracefs.remove_leftovers()
 
 
 def check_needs(declared: Scenario, host: HostView) -> None:

@@ -35,7 +35,8 @@ MAY_IMPORT = {
         "harness.fields",
     ),
     "harness.nest": (
-        *PROXY,
+        *PROBE,
+        "harness.proxy",
         "harness.migrate",
         "harness.storm",
         "harness.host.session",

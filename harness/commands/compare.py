@@ -23,7 +23,10 @@ _WIDTH = 200
 @click.argument("directories", nargs=-1, type=click.Path(path_type=Path), metavar="RESULTS_DIR...")
 @click.option("-k", "expression", default="", metavar="EXPR", help="Only cases that match.")
 def command(directories: tuple[Path, ...], expression: str) -> None:
-    """Compare the results of two runs or more: the cases whose verdicts differ, and why.
+    """Compare the results of two runs or more: the cases that ended differently, and why.
+
+    That is another verdict, or a failure of another signature: another first line of its reason,
+    without what changes every time (CPU, PID, line numbers, offsets, pointers, durations).
 
     RESULTS_DIR is what `nsvm run --results` was given. A star marks a FAIL that is a known issue.
 
@@ -31,7 +34,7 @@ def command(directories: tuple[Path, ...], expression: str) -> None:
     """
     if len(directories) < 2:
         raise click.UsageError("two directories at least, please")
-    wanted = _matcher(expression)
+    wanted = matcher(expression)
     runs = [read_run(directory) for directory in directories]
     found = compare(runs, wanted)
     terminal = Console(highlight=False)
@@ -42,7 +45,7 @@ def command(directories: tuple[Path, ...], expression: str) -> None:
     _print_counts(console, found, runs, wanted)
 
 
-def _matcher(expression: str) -> Callable[[str], bool]:
+def matcher(expression: str) -> Callable[[str], bool]:
     """Return what tells whether a case matches, by pytest's rules for -k.
 
     Raises click.UsageError: the expression is none.
@@ -105,4 +108,5 @@ def _print_counts(
             shown.append(f"{known} of the FAILs known")
         _say(console, f"{name}: {', '.join(shown) or 'no case'}")
     partly = f", {found.partial} not in all runs" if found.partial else ""
-    _say(console, f"{len(found.rows)} cases differ, {found.same} are the same{partly}")
+    alike = f" ({found.same_failures} of them the same failure)" if found.same_failures else ""
+    _say(console, f"{len(found.rows)} cases differ, {found.same} are the same{alike}{partly}")

@@ -23,15 +23,15 @@ STATUS_NO_HOST = 2
 def command(as_json: bool, host: str, kernel: str | None, modules: Path | None) -> None:
     """Say what this machine can do, and how to mend what it cannot.
 
-    With --host emulated or --kernel, that host is started too, and asked what scenarios will ask
-    there.
+    With --host emulated, ssh:NAME or --kernel, that host is started too, and asked what scenarios
+    will ask there.
 
     Exit status: 0 if nested scenarios can run here, on this machine's own KVM or on an emulated
     host; 2 if on neither.
     """
     choice = host_choice(host, kernel, modules)
     report = collect()
-    if choice.host == "emulated" or choice.kernel:
+    if choice.host not in ("auto", "local") or choice.kernel:
         report = replace(report, inside=_ask_inside(choice))
     if as_json:
         click.echo(report.to_json())
@@ -48,4 +48,4 @@ def _ask_inside(choice: HostChoice) -> Inside:
         with make_host(choice, log=log) as host:
             return collect_inside(host)
     except HostError as e:
-        return Inside("emulated host", (Answer("start", None, str(e)),))
+        return Inside(f"{choice.resolved()} host", (Answer("start", None, str(e)),))

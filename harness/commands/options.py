@@ -11,9 +11,37 @@ from typing import Any, TypeVar
 import click
 
 from harness.errors import HostError
-from harness.runner.hosts import HostChoice
+from harness.host.lab_file import parameter
+from harness.runner.hosts import HostChoice, host_name
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+_LAB, _PARAMS = f"{__name__}.lab", f"{__name__}.params"
+
+
+class HostName(click.ParamType[str]):
+    """``auto``, ``local``, ``emulated``, or ``ssh:NAME``, a machine of the lab."""
+
+    name = "[auto|local|emulated|ssh:NAME]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return it as it is, if it is one."""
+        try:
+            return host_name(str(value))
+        except ValueError as e:
+            self.fail(str(e), param, ctx)
+
+
+def _keep_lab(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    ctx.meta[_LAB] = value
+
+
+def _keep_params(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> None:
+    try:
+        ctx.meta[_PARAMS] = tuple(dict(map(parameter, value)).items())
+    except ValueError as e:
+        raise click.BadParameter(str(e), ctx, param) from None
 
 
 def kernel_options(function: F) -> F:
@@ -28,7 +56,7 @@ def kernel_options(function: F) -> F:
             "--kernel",
             metavar="SPEC",
             help="Kernel of the emulated host: a version prefix such as 5.10, 6.1, 6.12 or 7.3;"
-            " 'running'; or the path of a bzImage or vmlinux.",
+            " 'running'; 6.1:VARIANT (nsvm kernel variants); or the path of a bzImage or vmlinux.",
         ),
     ):
         function = option(function)
@@ -36,12 +64,32 @@ def kernel_options(function: F) -> F:
 
 
 def host_options(function: F) -> F:
-    """Add --host, --kernel and --modules; the command takes them as host, kernel, modules."""
+    """Add --host, --kernel and --modules; the command takes them as host, kernel, modules.
+
+    --lab and --param come along; `host_choice` knows of them.
+    """
     for option in (
         kernel_options,
         click.option(
+            "--param",
+            "params",
+            multiple=True,
+            metavar="NAME=VALUE",
+            expose_value=False,
+            callback=_keep_params,
+            help="A parameter of kvm_amd, such as npt=0; given back afterwards. Repeatable.",
+        ),
+        click.option(
+            "--lab",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            expose_value=False,
+            callback=_keep_lab,
+            help="What describes the lab machines. Default: $NSVM_LAB, else lab.toml.",
+        ),
+        click.option(
             "--host",
-            type=click.Choice(["auto", "local", "emulated"]),
+            type=HostName(),
             default="auto",
             show_default=True,
             help="auto: this machine's /dev/kvm if it has nested SVM, else the emulated host.",
@@ -55,7 +103,9 @@ def host_choice(host: str, kernel: str | None, modules: Path | None) -> HostChoi
     """Return what `host_options` collected."""
     if modules is not None and kernel is None:
         raise click.UsageError("--modules goes with --kernel PATH")
-    return HostChoice(host, kernel, modules)
+    context = click.get_current_context(silent=True)
+    meta = context.meta if context else {}
+    return HostChoice(host, kernel, modules, meta.get(_LAB), meta.get(_PARAMS, ()))
 
 
 def require_writable(path: Path | None) -> None:

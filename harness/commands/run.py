@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 import click
@@ -14,8 +14,12 @@ import pytest
 
 import harness.scenarios
 from harness.commands.options import host_choice, host_options
+from harness.errors import NsvmError
+from harness.report.verdict import BISECT_ABORT, BISECT_SKIP, bisect_status
+from harness.runner.ktap_plugin import KtapPlugin
 from harness.runner.plugin import Plugin
-from harness.runner.run import Run, RunOptions
+from harness.runner.run import STORE_VARIABLE, Run, RunOptions
+from harness.runner.selection import Choice, Selection
 from harness.scenarios.case import LIFECYCLES
 
 _NOTHING = pytest.ExitCode.NO_TESTS_COLLECTED
@@ -24,7 +28,28 @@ _NOTHING = pytest.ExitCode.NO_TESTS_COLLECTED
 _PYTEST_VARIABLES = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DEBUG")
 
 
-@click.command("run")
+_BISECT = "bisect"
+
+
+class _RunCommand(click.Command):
+    """`git bisect run` takes most statuses for "bad": a wrong use of the command is not that."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None,
+        **extra: object,
+    ) -> click.Context:  # fmt: skip
+        """Parse the command line; with --exit-style bisect an error in it ends the bisection."""
+        bisects = _BISECT in args or f"--exit-style={_BISECT}" in args
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except click.UsageError as e:
+            if not bisects:
+                raise
+            e.show()
+            sys.exit(BISECT_ABORT)
+
+
+@click.command("run", cls=_RunCommand)
 @click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("-k", "expression", default="", metavar="EXPR", help="Only cases that match.")
 @click.option(
@@ -34,6 +59,10 @@ _PYTEST_VARIABLES = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DEBUG")
     metavar="N",
     help="Hosts at work at the same time. Default: 1 on a local host, else what fits.",
 )
+@click.option("--case", "cases", multiple=True, metavar="ID", help="Only this case. Repeatable.")
+@click.option("--repeat", type=click.IntRange(min=1), default=1, metavar="N",
+              help="All cases N times, round after round.")  # fmt: skip
+@click.option("--until-fail", is_flag=True, help="With --repeat: end with the first failure.")
 @click.option("--quick", is_flag=True, help="Only the quick ones.")
 @click.option("--unsafe", is_flag=True, help="Also those that may take a local host down.")
 @click.option(
@@ -43,6 +72,15 @@ _PYTEST_VARIABLES = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DEBUG")
     help="A fact that must hold, as nsvm doctor names it, or the run is an ERROR. Repeatable.",
 )
 @click.option("--results", type=click.Path(path_type=Path), metavar="DIR", help="Default: results/")
+@click.option(
+    "--store",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help=f"Results store. Default: ${STORE_VARIABLE}, else beside the results' directory.",
+)
+@click.option("--ktap", is_flag=True, help="KTAP on standard output, all else on standard error.")
+@click.option("--exit-style", type=click.Choice(["verdict", _BISECT]), default="verdict",
+              help="bisect: 0 good, 1 bad, 125 cannot tell; a known issue is bad.")  # fmt: skip
 @click.option("--timeout", "timeout_s", type=float, metavar="S", help="For every case.")
 @click.option("--strict", is_flag=True, help="A known issue's FAIL fails the run, too.")
 @click.option(
@@ -58,10 +96,16 @@ def command(
     files: tuple[Path, ...],
     expression: str,
     jobs: int | None,
+    cases: tuple[str, ...],
+    repeat: int,
+    until_fail: bool,
     quick: bool,
     unsafe: bool,
     require: tuple[str, ...],
     results: Path | None,
+    store: Path | None,
+    ktap: bool,
+    exit_style: str,
     timeout_s: float | None,
     strict: bool,
     shared: bool,
@@ -75,24 +119,75 @@ def command(
     FILES are scenario modules of your own; without any, all of the harness's run.
 
     Exit status: 0 all passed, 1 something FAILed, 2 ERROR or MISS, 4 nothing ran or all was
-    skipped.
+    skipped. With --exit-style bisect: 0 all passed, 1 something FAILed (known or not), 125 neither,
+    128 and more what ends a bisection: a wrong command line, no such case, Ctrl-C.
     """
+    if until_fail and repeat == 1:
+        raise click.UsageError("--until-fail goes with --repeat N")
+    choice = host_choice(host, kernel, modules)
+    bisects = exit_style == _BISECT
+    options = RunOptions(
+        choice, results, timeout_s, strict=strict or bisects, shared=shared, unsafe=unsafe,
+        jobs=jobs, require=require, lifecycle=lifecycle, store=store,
+    )  # fmt: skip
+    marks = "quick" if quick else ""
+    selection = Choice(cases, repeat, until_fail)
+    try:
+        run, status = _run(options, selection, files, expression, marks, ktap=ktap)
+    except NsvmError as e:
+        if not bisects:
+            raise
+        click.echo(f"nsvm: {e}", err=True)
+        sys.exit(BISECT_SKIP)
+    sys.exit(_bisect_status(run, status) if bisects else run.status(broken=_is_broken(status)))
+
+
+def _run(
+    options: RunOptions,
+    selection: Choice,
+    files: tuple[Path, ...],
+    expression: str,
+    marks: str,
+    *,
+    ktap: bool,
+) -> tuple[Run, int]:
+    """Run the cases and say how they ended; return the run with pytest's own status."""
     # pytest takes SystemExit for one more failed test; this ends the run and makes the rest MISS.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    choice = host_choice(host, kernel, modules)
-    options = RunOptions(
-        choice, results, timeout_s, strict=strict, shared=shared, unsafe=unsafe, jobs=jobs,
-        require=require, lifecycle=lifecycle,
-    )  # fmt: skip
     log = lambda text: click.echo(f"nsvm: {text}", err=True)  # noqa: E731
-    with Run(options, log) as run, _own_environment():
-        arguments = _arguments(files, expression, "quick" if quick else "", run.directory)
-        status = pytest.main(arguments, plugins=[Plugin(run)])
+    to_stdout = _line_writer()
+    with redirect_stdout(sys.stderr) if ktap else nullcontext(), Run(options, log) as run:
+        plugins: list[object] = [Plugin(run), Selection(run, selection)]
+        if ktap:
+            plugins.append(KtapPlugin(run, to_stdout))
+        with _own_environment():
+            status = pytest.main(
+                _arguments(files, expression, marks, run.directory), plugins=plugins
+            )
         run.finish(pytest.ExitCode(status).name.lower())
+        run.redden_junit(run.directory / "junit.xml", run.status(broken=_is_broken(status)))
     for line in run.summary():
-        click.echo(line)
-    broken = status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, _NOTHING)
-    sys.exit(run.status(broken=broken))
+        click.echo(line, err=ktap)
+    return run, status
+
+
+def _line_writer() -> Callable[[str], None]:
+    """Return what writes lines to standard output as it is now, each at once."""
+    file = sys.stdout
+    return lambda line: print(line, file=file, flush=True)
+
+
+def _is_broken(status: int) -> bool:
+    return status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, _NOTHING)
+
+
+def _bisect_status(run: Run, status: int) -> int:
+    if not run.cases:
+        # No kernel would change that.
+        return BISECT_ABORT
+    if status == pytest.ExitCode.INTERRUPTED and not run.complaints:
+        return 128 + signal.SIGINT
+    return bisect_status(run.status(broken=_is_broken(status)))
 
 
 def _arguments(files: tuple[Path, ...], expression: str, marks: str, directory: Path) -> list[str]:

@@ -47,7 +47,7 @@ CONTROL: Final[Values] = {
     "control.msrpm_base_pa": (layout.MSRPM_GPA | 0xFFF, layout.NO_MEMORY_GPA, _BEYOND, 1 << 40),
     "control.iopm_base_pa": (layout.IOPM_GPA | 0xFFF, layout.NO_MEMORY_GPA, _BEYOND, 1 << 40),
     "control.nested_ctl": (NestedCtl.of(NP_ENABLE=1),),
-    "control.nested_cr3": (layout.PML4_GPA, 1 << 40, _BEYOND),
+    "control.nested_cr3": (layout.NESTED_PML4_GPA, 1 << 40, _BEYOND),
     "control.int_ctl": (
         IntCtl.of(V_INTR_MASKING=1),
         IntCtl.of(V_NMI_ENABLE=1),
@@ -104,7 +104,7 @@ _NP: Final = int(NestedCtl.of(NP_ENABLE=1))
 
 COMBINED: Final[Sequence[Mapping[str, int]]] = (
     {"control.nested_ctl": _NP, "control.nested_cr3": 1 << 40},
-    {"control.nested_ctl": _NP, "control.nested_cr3": _BEYOND | layout.PML4_GPA},
+    {"control.nested_ctl": _NP, "control.nested_cr3": _BEYOND | layout.NESTED_PML4_GPA},
     {"control.nested_ctl": _NP, "save.efer": 0x1400},
     {"save.efer": 0x1400, "save.cr4": 0},
     {"control.intercepts.3": Intercept.INTERCEPT_SHUTDOWN.mask, "save.idtr.limit": 0},
@@ -128,7 +128,7 @@ BY_CLEAN_BIT: Final[Mapping[int, Values]] = {
     Clean.of(CR=1): {"save.cr4": (0x620,), "save.cr0": (int(layout.CR0_ON | Cr0.of(MP=1)),)},
     Clean.of(INTERCEPTS=1): {"control.intercepts.3": (Intercept.INTERCEPT_CPUID.mask,)},
     Clean.of(ASID=1): {"control.asid": (2, 0)},
-    Clean.of(NPT=1): {"control.nested_cr3": (layout.PML4_GPA,)},
+    Clean.of(NPT=1): {"control.nested_cr3": (layout.NESTED_PML4_GPA,)},
 }
 """What a clean bit speaks of (APM vol. 2, 15.15.3)."""
 

@@ -89,15 +89,8 @@ def user_frame(instruction: Instruction) -> bytes:
 def base_memory() -> Iterator[tuple[int, bytes]]:
     """Yield what lies where in `layout.BASE`: gpa, bytes."""
     yield layout.GDT_GPA, _gdt()
-    yield layout.PML4_GPA, struct.pack("<Q", layout.PDPT_GPA | _PRESENT_WRITE_USER)
-    yield layout.PDPT_GPA, struct.pack("<Q", layout.PD_GPA | _PRESENT_WRITE_USER)
-    yield (
-        layout.PD_GPA,
-        b"".join(
-            struct.pack("<Q", index << 21 | _LARGE_PAGE | _PRESENT_WRITE_USER)
-            for index in range(512)
-        ),
-    )
+    yield from _page_tables(layout.PML4_GPA, layout.PDPT_GPA, layout.PD_GPA)
+    yield from _page_tables(layout.NESTED_PML4_GPA, layout.NESTED_PDPT_GPA, layout.NESTED_PD_GPA)
     yield layout.IDT_GPA, b"".join(_gate(vector) for vector in range(VECTORS))
     yield layout.IDT_GPA + 16 * _DONE_VECTOR, _gate(_DONE_VECTOR, dpl=3)
     yield layout.TSS_GPA, struct.pack("<IQ", 0, layout.EXCEPTION_STACK_TOP) + bytes(0x5C)
@@ -109,6 +102,14 @@ def base_memory() -> Iterator[tuple[int, bytes]]:
     yield ENTER_USER, b"\x48\xcf"
     yield layout.IDLE_L1, _REPORT_FOREVER
     yield layout.IDLE_L2, _REPORT_FOREVER
+
+
+def _page_tables(pml4: int, pdpt: int, pd: int) -> Iterator[tuple[int, bytes]]:
+    """Yield tables that map the first GiB to itself."""
+    yield pml4, struct.pack("<Q", pdpt | _PRESENT_WRITE_USER)
+    yield pdpt, struct.pack("<Q", pd | _PRESENT_WRITE_USER)
+    pages = (index << 21 | _LARGE_PAGE | _PRESENT_WRITE_USER for index in range(512))
+    yield pd, b"".join(struct.pack("<Q", page) for page in pages)
 
 
 def smram_memory() -> Iterator[tuple[int, bytes]]:

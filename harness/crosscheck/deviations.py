@@ -66,16 +66,6 @@ DEVIATIONS: Final[tuple[Deviation, ...]] = (
         ends=True,
     ),
     Deviation(
-        "stgi-open-after-set-gif",
-        "STGI without EFER.SVME after KVM_SET_NESTED_STATE has set GIF: it executes",
-        "svm_set_gif() (7.3): with vGIF it drops the STGI intercept, whatever EFER.SVME is",
-        ("STGI",),
-        "result",
-        expected="#UD",
-        seen="report",
-        ends=True,
-    ),
-    Deviation(
         "l1-on-stale-root",
         "L2 clears EFER.SVME and L1 goes on, on nested page tables that are not its own: no end",
         "svm_set_efer(), svm_leave_nested() up to 6.12: see harness/crosscheck/hazards.py",

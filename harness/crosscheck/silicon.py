@@ -63,6 +63,7 @@ def cpu_facts(entries: Iterable[kvm_cpuid_entry2]) -> CpuFacts:
 
     sizes = next((e.eax for e in found if e.function == Leaf.ADDRESS_SIZES), 36)
     features: dict[str, Any] = {name: bit(place) for name, place in _BITS.items()}
+    silicon = silicon_of(Path("/proc/cpuinfo").read_text())
     return CpuFacts(
         maxphyaddr=sizes & 0xFF,
         autoibrs=bit(_AUTOIBRS),
@@ -72,7 +73,8 @@ def cpu_facts(entries: Iterable[kvm_cpuid_entry2]) -> CpuFacts:
         npt_on_l0=_is_on("npt"),
         vgif_on_l0=_is_on("vgif"),
         sev_es=bit(_SEV_ES),
-        silicon=silicon_of(Path("/proc/cpuinfo").read_text()),
+        silicon=silicon,
+        loads_shadow=silicon == SILICON,
         **features,
     )
 

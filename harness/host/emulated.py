@@ -19,9 +19,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from harness.errors import HarnessError, HostError, HostLost
-from harness.host import bundle, initrd
-from harness.host.cache import build_file, cache_dir, locked
-from harness.host.kernels import Kernel, module_closure, read_module
+from harness.host import bundle, kvm_parameters
+from harness.host.cache import cache_dir, locked
+from harness.host.guest_payload import payload_release
+from harness.host.initrd_build import build_initrd
+from harness.host.kernels import Kernel
 from harness.host.monitor import shell_quoted
 from harness.host.qemu import QEMU, QemuMachine, qemu_version
 from harness.host.session import Event, Session
@@ -51,6 +53,8 @@ class Hardware:
 
     cpus: int = 1
     memory_mib: int = 768
+    disk: Path | None = None
+    """A read-only image that the host has as its virtio disk."""
 
 
 class EmulatedHost:
@@ -112,6 +116,7 @@ class EmulatedHost:
             "memory_mib": self.hardware.memory_mib,
             "qemu_version": self.version,
             "silicon": f"emulated (QEMU {self.version}, TCG, -cpu {CPU})",
+            **payload_release(self.hardware.disk),
         }
 
     @property
@@ -156,6 +161,7 @@ class EmulatedHost:
     def _started(self, code: bundle.Bundle) -> Session:
         session = self._start_with(code)
         self._hello = session.hello(WARM_START_S)
+        kvm_parameters.require(self.params, kvm_parameters.of_hello(self._hello["params"]))
         if self._hello["bundle"] != code.name:
             raise HostError(f"the host runs code {self._hello['bundle']}, not {code.name}")
         if self._keep_spare and (ready := self._state_path(code.name)).exists():
@@ -256,44 +262,30 @@ class EmulatedHost:
             "-global", "migration.store-global-state=off",
             "-device", "virtio-serial-pci",
             "-device", "virtserialport,chardev=channel,name=nsvm",
+            *self._disk(),
             "-serial", "chardev:console",
             "-mon", "chardev=monitor,mode=control",
         ]  # fmt: skip
 
     def _initrd(self) -> Path:
-        options = " ".join(f"{name}={value}" for name, value in sorted(self.params.items()))
-        here = Path(__file__).parent
-        agent_files = {name: (here / name).read_bytes() for name in ("agent.py", "init.py")}
-        digest = hashlib.sha256(repr((self.kernel.key, options)).encode())
-        digest.update(str(userland()).encode())
-        digest.update(Path(initrd.__file__).read_bytes())
-        for content in agent_files.values():
-            digest.update(content)
+        extra = ("virtio_blk",) if self.hardware.disk else ()
+        return build_initrd(self.kernel, (*WANTED_MODULES, *extra), self.params)
 
-        def write(path: Path) -> None:
-            modules = [
-                initrd.Module(
-                    module.stem.split(".")[0].replace("-", "_"),
-                    read_module(module),
-                    options if module.name.startswith("kvm-amd.") else "",
-                )
-                for module in module_closure(self.kernel, WANTED_MODULES)
-            ]
-            with tempfile.TemporaryDirectory(prefix="nsvm-agent-") as scratch:
-                tree = Path(scratch)
-                for name, content in agent_files.items():
-                    (tree / name).write_bytes(content)
-                initrd.compile_tree(userland(), tree, "/nsvm")
-                with open(path, "wb") as out:
-                    for piece in initrd.cpio(initrd.entries(userland(), tree, modules)):
-                        out.write(piece)
-
-        return build_file(cache_dir() / "initrd" / f"{digest.hexdigest()[:16]}.cpio", write)
+    def _disk(self) -> list[str]:
+        if self.hardware.disk is None:
+            return []
+        path = str(self.hardware.disk).replace(",", ",,")
+        return [
+            "-drive", f"if=none,id=disk,format=raw,readonly=on,file={path}",
+            "-device", "virtio-blk-pci,drive=disk",
+        ]  # fmt: skip
 
     def _state_path(self, code: str) -> Path:
         key = hashlib.sha256(repr((self._command(), self.version, self.kernel.key)).encode())
         params = "-".join(f"{name}{value}" for name, value in sorted(self.params.items()))
         size = f"{self.hardware.cpus}c{self.hardware.memory_mib}m"
+        if self.hardware.disk:
+            size += "-disk"
         kind = "base" if code == "base" else "ready"
         directory = cache_dir() / "warm"
         directory.mkdir(exist_ok=True)

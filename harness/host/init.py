@@ -1,7 +1,7 @@
 """Process 1 of the emulated host: mounts, modules, the channel; then it becomes the agent.
 
 Carried in the initrd beside `agent.py`; both import the standard library only and nothing of the
-tree, since the tree's own code arrives over the channel.
+tree, since the tree's own code arrives over the channel, or for a slow one beside them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ctypes
 import json
 import os
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -19,6 +20,8 @@ import agent  # type: ignore[import-not-found]  # beside it in the initrd
 _SYS_FINIT_MODULE = 313
 _PORT_NAME = "nsvm"
 _PORT_DEADLINE_S = 10.0
+#: The tree's own code, where it comes with the initrd and not over the channel.
+_CODE = Path("/nsvm/code.zip")
 
 _MOUNTS = (
     ("proc", "/proc"),
@@ -42,7 +45,9 @@ def main() -> None:
         Path("/sys/fs/cgroup/cgroup.subtree_control").write_text("+memory")
         for module in json.loads(Path("/modules/order.json").read_text()):
             _insert(module["name"], module["options"])
-        channel = _open_port(_PORT_NAME)
+        channel = _open_channel()
+        if _CODE.exists():
+            sys.path.insert(0, str(_CODE))
         # One idle VM for the life of the host: creating the first and destroying the last VM patch
         # the kernel's text, which multi-threaded TCG does not always survive.
         idle = agent.open_idle_vm()
@@ -64,6 +69,23 @@ def _insert(name: str, options: str) -> None:
         if _libc.syscall(_SYS_FINIT_MODULE, image.fileno(), options.encode(), 0) < 0:
             errno = ctypes.get_errno()
             raise OSError(errno, f"module {name} {options}: {os.strerror(errno)}")
+
+
+def _open_channel() -> int:
+    """Open what the kernel command line says (`nsvm.channel=ttyS1`), else the virtio port."""
+    words = (word.partition("=") for word in Path("/proc/cmdline").read_text().split())
+    device = dict((name, value) for name, _, value in words).get("nsvm.channel")
+    return _open_serial(f"/dev/{device}") if device else _open_port(_PORT_NAME)
+
+
+def _open_serial(path: str) -> int:
+    """Open a serial port for bytes as they are: no echo, no line editing, no signals."""
+    fd = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    settings = termios.tcgetattr(fd)
+    settings[:4] = 0, 0, termios.CS8 | termios.CREAD | termios.CLOCAL, 0
+    settings[6][termios.VMIN], settings[6][termios.VTIME] = 1, 0
+    termios.tcsetattr(fd, termios.TCSANOW, settings)
+    return fd
 
 
 def _open_port(name: str) -> int:

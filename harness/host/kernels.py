@@ -3,12 +3,14 @@
 resolve("6.1")                                  the newest 6.1 of Debian's archive
 resolve("6.12.117")                             exactly this one
 resolve("running")                              what this machine runs
+resolve("6.1:eager")                            the archive's 6.1 with a variant of KVM, built here
 resolve("bzImage", modules=Path("mods"))        one's own, with the tree of its modules
 """
 
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +24,7 @@ from harness.host.debian_kernels import (
     newest_per_series,
     offered_kernels,
 )
+from harness.host.kernel_build import build, find_variant
 from harness.host.kernel_image import (
     ImageInfo,
     KernelError,
@@ -52,6 +55,9 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 RUNNING = "running"
+
+_VARIANT = re.compile(rf"({SPEC.pattern}):(.+)")
+"""A kernel of the archive, and the variant of KVM that is to be built for it."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +93,19 @@ class Kernel:
 def resolve(spec: str, modules: Path | None = None, *, refresh: bool = False) -> Kernel:
     """Return the kernel that `spec` names, ready to boot.
 
-    `spec` is the beginning of a version in Debian's archive, `running`, or the path of a bzImage
-    or vmlinux; with a path, `modules` is a tree that holds kernel/ or lib/modules/RELEASE.
+    `spec` is the beginning of a version in Debian's archive, alone or with a variant of KVM
+    (`kernel_build`: built unless it is in the cache), `running`, or the path of a bzImage or
+    vmlinux; with a path, `modules` is a tree that holds kernel/ or lib/modules/RELEASE.
     `refresh` asks the archive again for a version resolved before.
 
     Raises KernelError (no such kernel, no kernel, foreign modules) or ArchiveError (not to be had).
     """
-    if spec == RUNNING or SPEC.fullmatch(spec):
+    variant = _VARIANT.fullmatch(spec)
+    if spec == RUNNING or SPEC.fullmatch(spec) or variant:
         if modules is not None:
             raise KernelError(f"kernel {spec}: --modules goes with the path of a kernel image only")
+        if variant:
+            return _with_variant(fetch_kernel(variant[1], refresh=refresh), variant[2])
         return _running() if spec == RUNNING else _from_archive(fetch_kernel(spec, refresh=refresh))
     if not spec or not Path(spec).exists():
         raise KernelError(
@@ -128,13 +138,25 @@ def module_closure(
 
 
 def _from_archive(offer: KernelOffer) -> Kernel:
-    places = (f"boot/vmlinuz-{offer.release}", f"usr/lib/modules/{offer.release}/vmlinuz")
-    image = _first_existing(offer.tree, places)
+    image = _image_of(offer)
     tree = _first_existing(offer.tree, (f"lib/modules/{offer.release}",
                                         f"usr/lib/modules/{offer.release}"))  # fmt: skip
     if image is None or tree is None:
         raise KernelError(f"{offer.origin}: no image or no modules in the packages")
     return _bzimage_kernel(image, inspect(image), tree, offer.origin)
+
+
+def _with_variant(offer: KernelOffer, name: str) -> Kernel:
+    image, variant = _image_of(offer), find_variant(offer.series, name)
+    if image is None:
+        raise KernelError(f"{offer.origin}: no image in the packages")
+    origin = f"{offer.origin}, KVM built with {variant.name}"
+    return _bzimage_kernel(image, inspect(image), build(offer, variant), origin)
+
+
+def _image_of(offer: KernelOffer) -> Path | None:
+    places = (f"boot/vmlinuz-{offer.release}", f"usr/lib/modules/{offer.release}/vmlinuz")
+    return _first_existing(offer.tree, places)
 
 
 def _running() -> Kernel:

@@ -13,7 +13,10 @@ from typing import Any, Self
 
 from harness.errors import HarnessError, HostError, HostLost
 from harness.facts import HostView, kvm_device
+from harness.host import kvm_parameters, machine_lock
 from harness.host.bundle import PRELOAD, build_images, tree_root
+from harness.host.cache import cache_dir
+from harness.host.inventory import inventory
 from harness.host.session import Event, Session
 
 _STOP_S = 10.0
@@ -43,12 +46,17 @@ class ProcessPipe:
 
 
 class LocalHost:
-    """The machine itself. Its module parameters are what they are; `params` must hold already."""
+    """The machine itself. `params` are kvm_amd's while this host is started, and given back."""
 
     kind = "local"
 
-    def __init__(self, params: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, params: Mapping[str, str] | None = None, payload: Path | None = None
+    ) -> None:
+        """Prepare it; `payload` is an image of Linux for guests (`guest_payload`)."""
+        self._payload = payload
         self._process: subprocess.Popen[bytes] | None = None
+        self._borrowed = contextlib.ExitStack()
         self._params = dict(params or {})
         self._hello: Event = {}
 
@@ -73,22 +81,34 @@ class LocalHost:
             "module_parameters": self._hello.get("params", {}),
             "cpus": os.cpu_count(),
             "qemu_version": None,
-            "silicon": _cpu_model(),
+            "silicon": inventory()["silicon"],
+            **self._guest_linux(),
         }
+
+    def _guest_linux(self) -> dict[str, str]:
+        if self._payload is None:
+            return {}
+        # What makes images is not needed here otherwise.
+        from harness.host.guest_payload import payload_release
+
+        return payload_release(self._payload)
 
     def start(self) -> Session:
         """Start the agent.
 
         Raises:
-            HostError: /dev/kvm is there and may not be used, or the agent does not come up.
+            HostError: /dev/kvm is there and may not be used, the agent does not come up, or
+                kvm_amd cannot be had with `params`.
         """
         self.close()
+        self._borrow()
         kvm_device(HostView())
         agent = Path(__file__).with_name("agent.py")
         environment = {
             **os.environ,
             "PYTHONPATH": str(tree_root()),
             "NSVM_IMAGES": str(build_images()),
+            **({"NSVM_PAYLOAD": str(self._payload)} if self._payload else {}),
         }
         self._process = subprocess.Popen(
             [sys.executable, str(agent)],
@@ -109,12 +129,31 @@ class LocalHost:
             raise HostError(f"the local agent did not come up: {e}") from e
         return session
 
+    def _borrow(self) -> None:
+        """Have kvm_amd with the parameters that were asked for, until `close`."""
+        if not kvm_parameters.differing(self._params, kvm_parameters.current()):
+            return
+        with contextlib.ExitStack() as stack:
+            # Who changes what all runs share has the machine for itself.
+            stack.enter_context(
+                machine_lock.machine_lock(machine_lock.PATH, machine_lock.ourselves())
+            )
+            record = cache_dir() / "parameters.json"
+            kvm_parameters.give_back(record)
+            stack.enter_context(kvm_parameters.borrowed(self._params, record))
+            self._borrowed = stack.pop_all()
+
     def _why_dead(self, reason: str) -> HostLost:
         status = self._process.poll() if self._process else None
         return HostLost(reason if status is None else f"the agent ended with status {status}")
 
     def close(self) -> None:
-        """End the agent; a running call is told to clean up first."""
+        """End the agent; a running call is told to clean up first. Give parameters back."""
+        with self._borrowed:
+            self._end_agent()
+        self._borrowed = contextlib.ExitStack()
+
+    def _end_agent(self) -> None:
         if self._process is None:
             return
         process, self._process = self._process, None
@@ -127,10 +166,3 @@ class LocalHost:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait(_STOP_S)
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"

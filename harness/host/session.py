@@ -62,11 +62,14 @@ class CallResult:
 class Session:
     """One running agent; one call at a time. Not thread-safe, except where it says so.
 
-    `why_dead` looks for the cause when the channel ends or falls silent.
+    `why_dead` looks for the cause when the channel ends or falls silent for `silence_s` seconds.
     """
 
-    def __init__(self, pipe: Pipe, why_dead: Callable[[str], HostLost]) -> None:
+    def __init__(
+        self, pipe: Pipe, why_dead: Callable[[str], HostLost], silence_s: float = SILENCE_S
+    ) -> None:
         self._pipe = pipe
+        self._silence_s = silence_s
         self._why_dead = why_dead
         self._buffer = b""
         self._next_id = 1
@@ -78,13 +81,14 @@ class Session:
         except OSError as e:
             raise self._why_dead(f"the channel broke: {e.strerror or e}") from e
 
-    def events(self, silence_s: float = SILENCE_S) -> Iterator[Event]:
+    def events(self, silence_s: float | None = None) -> Iterator[Event]:
         """Yield events as they come.
 
         Raises:
             HostLost: the channel ended, or nothing came for `silence_s` seconds.
             Cancelled: `cancel` was called.
         """
+        silence_s = self._silence_s if silence_s is None else silence_s
         while True:
             deadline = time.monotonic() + silence_s
             while b"\n" not in self._buffer:
@@ -172,7 +176,7 @@ class Session:
         result = CallResult("lost")
         # The agent gives up on a child within timeout_s and a little; a host that then still says
         # nothing but heartbeats has a broken agent.
-        overdue = time.monotonic() + timeout_s + 4 * SILENCE_S
+        overdue = time.monotonic() + timeout_s + 4 * self._silence_s
         for event in self.events():
             if event.get("id") == call_id:
                 on_event(event)

@@ -208,10 +208,41 @@ def parse_elf(data: bytes, name: str = "image") -> Image:
     return _ElfFile(data, name).image()
 
 
+@dataclass(frozen=True)
+class SegmentInFile:
+    """Where a segment's bytes are in its file, and where it goes."""
+
+    gpa: Gpa
+    offset: int
+    in_file: int
+    size_bytes: int
+
+    @property
+    def end(self) -> int:
+        """The first address past the segment."""
+        return self.gpa + self.size_bytes
+
+
+@dataclass(frozen=True)
+class ElfLayout:
+    """What an ELF executable has where; none of its bytes."""
+
+    entry: Gpa
+    segments: tuple[SegmentInFile, ...]
+
+
+def elf_layout(data: bytes | memoryview, name: str) -> ElfLayout:
+    """Return where the segments of a 64-bit ELF executable are, which may be large.
+
+    Raises ImageError: not an ELF file, truncated, or of another kind.
+    """
+    return _ElfFile(data, name).elf_layout()
+
+
 class _ElfFile:
     """One ELF file being parsed; every offset in it is distrusted."""
 
-    def __init__(self, data: bytes, name: str) -> None:
+    def __init__(self, data: bytes | memoryview, name: str) -> None:
         self.data = data
         self.name = name
         elf_class = self._bytes(4, 2, "ELF header")
@@ -223,6 +254,19 @@ class _ElfFile:
 
     def image(self) -> Image:
         """Return what the file says."""
+        self._check_kind()
+        segments = tuple(self._segments())
+        entry = Gpa(self.header[_E_ENTRY])
+        return Image(self.name, self._mode(), entry, segments, dict(self._symbols()))
+
+    def elf_layout(self) -> ElfLayout:
+        """Return where things are."""
+        self._check_kind()
+        if not self.is_64:
+            raise ImageError(f"{self.name}: a 32-bit ELF file")
+        return ElfLayout(Gpa(self.header[_E_ENTRY]), tuple(self._places()))
+
+    def _check_kind(self) -> None:
         if self.header[_E_MACHINE] != self.layout.machine:
             raise ImageError(
                 f"{self.name}: made for ELF machine {self.header[_E_MACHINE]}, "
@@ -230,19 +274,21 @@ class _ElfFile:
             )
         if self.header[_E_TYPE] != _ET_EXEC:
             raise ImageError(f"{self.name}: ELF type {self.header[_E_TYPE]} is no executable")
-        segments = tuple(self._segments())
-        if not segments:
+        if not any(self._places()):
             raise ImageError(f"{self.name}: nothing to load in it")
-        entry = Gpa(self.header[_E_ENTRY])
-        return Image(self.name, self._mode(), entry, segments, dict(self._symbols()))
 
     def _mode(self) -> EntryMode:
         if self.is_64:
             return EntryMode.LONG64
-        header = find_multiboot_header(self.data, self.name)
+        header = find_multiboot_header(bytes(self.data), self.name)
         return EntryMode.PROTECTED32 if header is None else EntryMode.MULTIBOOT32
 
     def _segments(self) -> Iterator[Segment]:
+        for at in self._places():
+            what = f"segment at {at.gpa:#x}"
+            yield Segment(at.gpa, self._bytes(at.offset, at.in_file, what), at.size_bytes)
+
+    def _places(self) -> Iterator[SegmentInFile]:
         for i in range(self.header[_E_PHNUM]):
             at = self.header[_E_PHOFF] + i * self.header[_E_PHENTSIZE]
             entry = self._unpack(self.layout.phdr, at, f"program header {i}")
@@ -251,7 +297,8 @@ class _ElfFile:
                 continue
             if in_file > in_memory:
                 raise ImageError(f"{self.name}: segment {i} has more bytes than memory")
-            yield Segment(Gpa(gpa), self._bytes(offset, in_file, f"segment {i}"), in_memory)
+            self._check_there(offset, in_file, f"segment {i}")
+            yield SegmentInFile(Gpa(gpa), offset, in_file, in_memory)
 
     def _symbols(self) -> Iterator[tuple[str, int]]:
         for i in range(self.header[_E_SHNUM]):
@@ -279,8 +326,11 @@ class _ElfFile:
         return layout.unpack(self._bytes(at, layout.size, what))
 
     def _bytes(self, at: int, count: int, what: str) -> bytes:
+        self._check_there(at, count, what)
+        return bytes(self.data[at : at + count])
+
+    def _check_there(self, at: int, count: int, what: str) -> None:
         if at + count > len(self.data):
             raise ImageError(
                 f"{self.name}: truncated, {what} ends at byte {at + count} of {len(self.data)}"
             )
-        return self.data[at : at + count]

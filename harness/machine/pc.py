@@ -32,7 +32,7 @@ from harness.machine.pc_bus import (
 from harness.svm.cpuid import Leaf
 from kvm_ioctl.asm_kvm import IrqchipId, kvm_cpuid_entry2
 from kvm_ioctl.capabilities import Cap
-from kvm_ioctl.handles import Kvm
+from kvm_ioctl.handles import Kvm, Vm
 from kvm_ioctl.linux_kvm import KVM_PIT_SPEAKER_DUMMY, IrqRoutingType, kvm_irq_routing_entry
 
 TEST_MEMORY: Final = range(0xFF00_0000, 0xFF01_0000)
@@ -53,7 +53,7 @@ class Pc(Machine):
     def __init__(
         self,
         kvm: Kvm,
-        image: Image | Path | str | bytes,
+        image: Image | Path | str | bytes | None,
         *,
         vcpus: int = 1,
         memory_mib: int = 128,
@@ -63,7 +63,7 @@ class Pc(Machine):
 
         Args:
             kvm: an open /dev/kvm.
-            image: what vCPU 0 shall run.
+            image: what vCPU 0 shall run; without one it stays at reset.
             vcpus: how many; their ids, and APIC ids, are 0 and up.
             memory_mib: memory in MiB; what exceeds 3 GiB lies above 4 GiB.
             command_line: for the image; by custom its first word is the image's own name.
@@ -82,7 +82,7 @@ class Pc(Machine):
             image=image,
             vcpus=vcpus,
             memory_mib=memory_mib,
-            cpuid=CpuidPolicy(edit=_add_what_the_irqchip_gives(kvm)),
+            cpuid=CpuidPolicy(edit=self._cpuid_edit(kvm)),
             irqchip=True,
             command_line=command_line,
         )
@@ -100,6 +100,10 @@ class Pc(Machine):
             at = gpa - TEST_MEMORY.start
             kept = data[: len(self.test_memory) - at]
             self.test_memory[at : at + len(kept)] = kept
+
+    def _cpuid_edit(self, kvm: Kvm) -> Callable[[list[kvm_cpuid_entry2]], None]:
+        """Return how KVM's CPUID is changed for this PC."""
+        return _add_what_the_irqchip_gives(kvm)
 
     def _make_bus(self) -> PortBus:
         fw_cfg = pc_fw_cfg(
@@ -132,10 +136,15 @@ class Pc(Machine):
         super()._create_devices(irqchip)
         # With port 0x61 in the kernel too, which guests use to time by channel 2.
         self.vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
-        self.vm.set_gsi_routing(_routes())
+        wire_pc(self.vm)
 
     def _enters(self, index: int) -> bool:
         return index == 0
+
+
+def wire_pc(vm: Vm) -> None:
+    """Connect the interrupt lines of a VM as those of a PC are; KVM does not tell how they were."""
+    vm.set_gsi_routing(_routes())
 
 
 def _routes() -> Iterator[kvm_irq_routing_entry]:

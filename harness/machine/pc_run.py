@@ -102,6 +102,10 @@ class PcRunner:
             return self._timeout(timeout_s)
         return self._end_of(*first)
 
+    def stop(self) -> None:
+        """From another thread: have `run` return soon, with Ending.STOPPED."""
+        self._ends.put((0, Kicked()))
+
     def _first_end(self, deadline: float) -> tuple[int, Event] | None:
         """Wait for a vCPU's end, handing on the console; None: there was none in time."""
         while (left := deadline - time.monotonic()) > 0:
@@ -147,6 +151,8 @@ class PcRunner:
             ending, what = Ending.SHUTDOWN, "triple fault (KVM_EXIT_SHUTDOWN)"
         elif isinstance(event, PortOut):
             ending, what = Ending.RESET, f"the guest asks for a reset: {event_text(event)}"
+        elif isinstance(event, Kicked):
+            return PcEnd(Ending.STOPPED, "stopped from outside")
         else:
             ending, what = Ending.STOPPED, event_text(event)
         return PcEnd(ending, f"vCPU {index}: {what}", where=self._where(0.0))

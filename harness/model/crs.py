@@ -99,7 +99,7 @@ def _pages_serve(s: State) -> bool:
     if s.guest_mode and NestedCtl(s.control["nested_ctl"]).NP_ENABLE:
         # The mode of nested paging is that of L1's own.
         host = Efer(s.l1.get("efer", 0)).LMA and Cr4(s.l1.get("cr4", 0)).PAE
-        return bool(host) and s.control["nested_cr3"] & ~0xFFF == layout.PML4_GPA
+        return bool(host) and s.control["nested_cr3"] & ~0xFFF == layout.NESTED_PML4_GPA
     return True
 
 

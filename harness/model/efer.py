@@ -21,6 +21,7 @@ def store_efer(s: State, efer: int, *, running: bool = False) -> None:
     """
     svme = bool(Efer(efer).SVME)
     if svme != s.svme:
+        s.recalc_pending = True
         _switch_svme(s, svme, running)
     elif not svme and s.knobs.efer_unchanged == "leave":
         leave_nested(s)

@@ -271,6 +271,8 @@ def _free_of_svme(s: State, gif: bool) -> bool:
     """Tell whether the CPU does STGI or CLGI by itself, for it has EFER.SVME whatever L1 has."""
     if not s.facts.vgif_on_l0 or s.knobs.stgi_without_svme == "#UD":
         return False
+    if s.knobs.stgi_without_svme == "#UD once":
+        return gif and s.stgi_open
     # An SMI that waits for GIF makes KVM intercept STGI.
     return not (gif and s.smi_pending and not s.gif)
 

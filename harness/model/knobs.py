@@ -70,11 +70,14 @@ class Knobs:
         true="what the guest must not set is EINVAL",
     )
 
-    stgi_without_svme: Literal["executes", "#UD"] = _knob(
+    stgi_without_svme: Literal["executes", "#UD once", "#UD"] = _knob(
         "STGI and CLGI while EFER.SVME is 0, with vGIF",
-        "init_vmcb(), svm_recalc_instruction_intercepts()",
+        "init_vmcb(), svm_recalc_instruction_intercepts(), svm_set_gif()",
         executes="work, for KVM does not intercept them",
-        **{"#UD": "raise #UD"},
+        **{
+            "#UD once": "raise #UD, until KVM_SET_NESTED_STATE sets GIF and STGI works",
+            "#UD": "raise #UD",
+        },
     )
     vmmcall_in_l2: Literal["repeated", "#UD"] = _knob(
         "VMMCALL in L2 that L1 does not intercept",
@@ -585,7 +588,7 @@ _V6_12: Final = _V6_1.but(
 _V7_3: Final = _V6_12.but(
     gif_on_svme_clear="kept",
     svme_clear_in_l2="shutdown",
-    stgi_without_svme="#UD",
+    stgi_without_svme="#UD once",
     save_area="all fields",
     control_sanitised=True,
     vmrun_checks_rax=True,

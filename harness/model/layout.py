@@ -1,7 +1,9 @@
 """The guest that operations work on: what lies where, and the states that everything starts from.
 
-One vCPU, one memory, one set of page tables for L1 and L2: pages of 2 MiB, identity, user pages
-too, so that they serve as nested page tables (`nested_cr3`) as well. Address space 1 (SMM) has a
+One vCPU, one memory, one set of page tables for L1 and L2: pages of 2 MiB, identity, and the same
+once more as nested page tables (`nested_cr3`). Those lie apart: KVM write-protects the tables that
+it shadows, and QEMU's page walk of L2 writes to what it walks. Where both were the same, KVM could
+emulate what L2 executed, but never finish to deliver an exception. Address space 1 (SMM) has a
 backing of its own for `smram`; everything else in it is an alias.
 
 Fields are named as the structs of `harness.svm` name them, with dots: `control.asid`,
@@ -59,7 +61,7 @@ SMM_ENTRY_GPA: Final = DEFAULT_SMBASE + SMM_ENTRY_OFFSET
 
 GDT_GPA: Final = 0x1000
 PML4_GPA: Final = 0x2000
-"""CR3 of L1 and L2, and the template's nested_cr3."""
+"""CR3 of L1 and L2."""
 PDPT_GPA: Final = 0x3000
 PD_GPA: Final = 0x4000
 """512 pages of 2 MiB: the first GiB, identity."""
@@ -75,6 +77,10 @@ STACK_TOP: Final = 0xC000
 L2_STACK_TOP: Final = 0xE000
 EXCEPTION_STACK_TOP: Final = 0x1_0000
 """The TSS's RSP0."""
+NESTED_PML4_GPA: Final = 0x1_1000
+"""The template's nested_cr3."""
+NESTED_PDPT_GPA: Final = 0x1_2000
+NESTED_PD_GPA: Final = 0x1_3000
 
 GDT_LIMIT: Final = 0x3F
 IDT_LIMIT: Final = 0xFFF
@@ -162,7 +168,7 @@ def template_control() -> dict[str, int]:
         "control.iopm_base_pa": IOPM_GPA,
         "control.msrpm_base_pa": MSRPM_GPA,
         "control.asid": 1,
-        "control.nested_cr3": PML4_GPA,
+        "control.nested_cr3": NESTED_PML4_GPA,
     }
 
 

@@ -228,6 +228,7 @@ def _set_cpuid(m: Model, what: SetCpuid, extra: dict[str, Value]) -> str:
     if s.ran:
         raise CannotKnow("CPUID is changed after the first KVM_RUN")
     s.facts = s.facts.but(**{what.feature: what.on})
+    s.recalc_pending = True
     return "ok"
 
 

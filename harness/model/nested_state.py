@@ -83,6 +83,7 @@ def set_nested_state(s: State, what: SetNestedState) -> str:
     if not what.flags & GUEST_MODE:
         leave_nested(s)
         s.gif = bool(what.flags & GIF_SET)
+        s.stgi_open |= s.gif
         return "ok"
     if not s.facts.is_page_address(what.vmcb_pa) or what.size < WHOLE_BYTES:
         return "EINVAL"

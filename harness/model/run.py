@@ -26,6 +26,8 @@ from harness.svm.vmcb import EventInj, IntCtl, NestedCtl
 
 _LEFT_HALF_DONE: Final = (*SEG, *DT, "cr0", "cr2", "cr3", "dr7", "rflags", "rip", "rsp", "rax")
 
+_RFLAGS_FIXED: Final = 0x2
+
 _MOST_ROUNDS: Final = 8
 """KVM_RUN does not end where it takes more."""
 
@@ -63,6 +65,7 @@ def _before_entry(s: State) -> str | None:
     """Do what is pending; return how KVM_RUN ends, if it ends here."""
     if s.dead:
         return "run: EIO"
+    _choose_stgi_intercept(s)
     if s.pages_pending and not _get_pages(s):
         return INTERNAL_ERROR
     if s.triple_fault:
@@ -80,6 +83,16 @@ def _before_entry(s: State) -> str | None:
         # KVM_SET_SREGS has taken what the CPU does not.
         return "fail entry"
     return None
+
+
+def _choose_stgi_intercept(s: State) -> None:
+    """Intercept STGI again where KVM asks what to intercept, or waits for GIF with an SMI.
+
+    Source: `svm_recalc_instruction_intercepts()`, `svm_enable_smi_window()`.
+    """
+    if s.recalc_pending or (s.smi_pending and not s.gif):
+        s.stgi_open = False
+    s.recalc_pending = False
 
 
 def _get_pages(s: State) -> bool:
@@ -138,6 +151,11 @@ def _enter_hardware(s: State) -> bool:
             s.control |= {"event_inj": 0, "int_state": 0}
         _exit_l2(s, VMEXIT_INVALID if wide else VMEXIT_INVALID & 0xFFFF_FFFF)
         return False
+    if not s.facts.loads_shadow:
+        # Its #VMEXIT writes back that there is none, also where L2 has executed nothing.
+        s.control["int_state"], s.shadow_by_rsm = 0, None
+    if s.regs["rflags"] != UNKNOWN:
+        s.regs["rflags"] |= _RFLAGS_FIXED
     _canonicalize(s)
     if EventInj(s.control["event_inj"]).VALID:
         raise CannotKnow("an event is injected into L2")

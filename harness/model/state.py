@@ -76,6 +76,10 @@ class State:
     """RSM has put L1 into an interrupt shadow, which its next instruction ends."""
     shadow_by_rsm: int | None = None
     """L2's interrupt shadow where RSM has set another one than vmcb12's, until L2 runs."""
+    recalc_pending: bool = True
+    """The next entry computes KVM's own intercepts of L1 anew (KVM_REQ_RECALC_INTERCEPTS)."""
+    stgi_open: bool = False
+    """KVM has dropped its intercept of STGI, though EFER.SVME may be clear."""
     l2_exit_code: int = UNKNOWN
     """The exit code of L2's last exit to KVM."""
     kept: Kept = field(default_factory=Kept)

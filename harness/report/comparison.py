@@ -5,21 +5,13 @@ Read are the results.jsonl files that runs wrote; a run that was cut short count
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from harness.errors import HostError
-from harness.report.results import read_results
+from harness.report.run_record import CaseRecord, ResultsError, read_record, worst
+from harness.report.signature import signature
 from harness.report.verdict import Verdict
-
-FILE = "results.jsonl"
-
-
-class ResultsError(HostError):
-    """A directory that holds no results; one line says what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +22,8 @@ class Cell:
     reason: str = ""
     known: str = ""
     """Id of the known issue that it is."""
+    signature: str = ""
+    """What a failure is called (`harness.report.signature`); empty for a PASS and a SKIP."""
 
     def __str__(self) -> str:
         """Return the verdict, with a star if it is a FAIL that is known."""
@@ -63,37 +57,27 @@ class Comparison:
     rows: Sequence[Row]
     same: int
     """Cases of all runs that ended the same in each."""
+    same_failures: int
+    """Those of them that failed, and in the same way everywhere."""
     partial: int
     """Cases that some runs do not have, and that ended the same in those that do."""
 
 
 def read_run(directory: Path) -> RunResults:
-    """Return what a run recorded in its directory; of a case that ran twice, the last end.
+    """Return what a run recorded in its directory; of a case that was repeated, the worst end.
 
     Raises ResultsError: there are no results in it, or they are malformed.
     """
-    path = directory / FILE
-    try:
-        events = read_results(path)
-    except json.JSONDecodeError as e:
-        raise ResultsError(f"{path}: a line is no JSON ({e.msg})") from None
-    except UnicodeDecodeError:
-        raise ResultsError(f"{path}: no text") from None
-    except OSError as e:
-        raise ResultsError(f"{path}: {e.strerror}") from None
-    try:
-        ends = [event for event in events if event["event"] == "end"]
-        cells = {str(end["case"]): _cell(end) for end in ends}
-        kernels = [str(end["host"]["kernel_release"]) for end in ends if end["host"]]
-    except (KeyError, TypeError, ValueError) as e:
-        raise ResultsError(f"{path}: malformed ({type(e).__name__}: {e})") from None
-    if not cells:
-        raise ResultsError(f"{path}: no case has ended")
-    return RunResults(directory, kernels[0] if kernels else "", cells)
+    record = read_record(directory)
+    if not record.cases:
+        raise ResultsError(f"{directory}: no case has ended")
+    cells = {case.case: _cell(case) for case in worst(record.cases)}
+    return RunResults(directory, str(record.host.get("kernel_release", "")), cells)
 
 
-def _cell(end: Mapping[str, Any]) -> Cell:
-    return Cell(Verdict(end["verdict"]), str(end["reason"]), str(end["known"]))
+def _cell(case: CaseRecord) -> Cell:
+    failed = case.verdict not in (Verdict.PASS, Verdict.SKIP)
+    return Cell(case.verdict, case.reason, case.known, signature(case) if failed else "")
 
 
 def titles(runs: Sequence[RunResults]) -> list[str]:
@@ -112,19 +96,23 @@ def _named(run: RunResults) -> str:
 def compare(
     runs: Sequence[RunResults], wanted: Callable[[str], bool] = lambda case: True
 ) -> Comparison:
-    """Compare the cases that are wanted, in the order in which they come."""
+    """Compare the cases that are wanted, in the order in which they come.
+
+    They differ by their verdict, or fail in different ways: by their failure's signature.
+    """
     cases = [case for case in dict.fromkeys(_all_cases(runs)) if wanted(case)]
-    rows, same, partial = [], 0, 0
+    rows, same, same_failures, partial = [], 0, 0, 0
     for case in cases:
         cells = [run.cells.get(case) for run in runs]
         there = [cell for cell in cells if cell is not None]
-        if len({cell.verdict for cell in there}) > 1:
+        if len({(cell.verdict, cell.signature) for cell in there}) > 1:
             rows.append(Row(case, cells))
         elif len(there) == len(runs):
             same += 1
+            same_failures += bool(there[0].signature)
         else:
             partial += 1
-    return Comparison(rows, same, partial)
+    return Comparison(rows, same, same_failures, partial)
 
 
 def _all_cases(runs: Iterable[RunResults]) -> Iterable[str]:

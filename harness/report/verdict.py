@@ -21,6 +21,10 @@ class Verdict(Enum):
     MISS = "MISS"
 
 
+#: Exit status of a run in which nothing ran, or all was skipped.
+STATUS_NOTHING = 4
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A verdict with its reason, in one line, and what backs it."""
@@ -45,4 +49,17 @@ def exit_status(verdicts: list[Verdict]) -> int:
         return 1 if Verdict.FAIL in verdicts else 2
     if Verdict.FAIL in verdicts:
         return 1
-    return 0 if Verdict.PASS in verdicts else 4
+    return 0 if Verdict.PASS in verdicts else STATUS_NOTHING
+
+
+#: What `git bisect run` takes for "cannot be tested", and for "stop".
+BISECT_SKIP, BISECT_ABORT = 125, 129
+
+
+def bisect_status(status: int) -> int:
+    """Return an exit status for `git bisect run`: 0 good, 1 bad, 125 cannot tell.
+
+    `status` is `exit_status`'s. Whatever says nothing about KVM is 125: a broken lab, a host that
+    does not come up, cases that were skipped.
+    """
+    return status if status in (0, 1) else BISECT_SKIP

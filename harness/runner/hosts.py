@@ -17,26 +17,47 @@ from harness.scenarios.case import GUEST_LINUX
 #: The kernel that the emulated host boots unless told otherwise.
 DEFAULT_KERNEL = "6.1"
 
+#: What the name of a lab machine follows: ``ssh:NAME``.
+SSH = "ssh:"
+
 #: Memory of an emulated host that has a Linux guest, in MiB.
 GUEST_LINUX_MIB = 1024
+
+
+def host_name(text: str) -> str:
+    """Return what a command line says of the host, as it is.
+
+    Raises:
+        ValueError: it is none of auto, local, emulated and ``ssh:NAME``.
+    """
+    if text in ("auto", "local", "emulated") or (text.startswith(SSH) and text != SSH):
+        return text
+    raise ValueError(f"{text!r} is not one of auto, local, emulated, ssh:NAME")
 
 
 @dataclass(frozen=True)
 class HostChoice:
     """What the command line says about the host."""
 
+    #: auto, local, emulated, or ``ssh:NAME``, a machine of the lab.
     host: str = "auto"
     kernel: str | None = None
     modules: Path | None = None
+    #: The file that describes the lab; None: where `lab_file.lab_path` finds it.
+    lab: Path | None = None
+    #: kvm_amd's parameters, other than those that the host has; a scenario's own count more.
+    params: tuple[tuple[str, str], ...] = ()
 
     def resolved(self, view: HostView | None = None) -> str:
-        """Return ``local`` or ``emulated``; ``auto`` takes local if nested SVM is there.
+        """Return ``local``, ``emulated`` or ``ssh:NAME``; ``auto``: local if nested SVM is there.
 
         Raises:
             HostError: a choice that contradicts itself.
         """
-        if self.host == "local" and self.kernel:
-            raise HostError("--kernel chooses the emulated host's kernel; it cannot go with local")
+        if self.kernel and self.host not in ("auto", "emulated"):
+            raise HostError(
+                f"--kernel chooses the emulated host's kernel; it cannot go with {self.host}"
+            )
         if self.host != "auto":
             return self.host
         if self.kernel:
@@ -60,10 +81,13 @@ def make_host(
     Raises:
         HostError: it cannot be had.
     """
-    params = dict(params or {})
+    params = {**dict(choice.params), **(params or {})}
     guest_linux = params.pop(GUEST_LINUX, None) is not None
-    # Imported here: neither kind of host needs what the other one does.
-    if choice.resolved() == "local":
+    kind = choice.resolved()
+    # Imported here: no kind of host needs what another one does.
+    if kind.startswith(SSH):
+        return _lab_machine(choice, params, log, guest_linux=guest_linux)
+    if kind == "local":
         from harness.host.local import LocalHost
 
         if not guest_linux:
@@ -82,6 +106,17 @@ def make_host(
 
         hardware = Hardware(cpus, GUEST_LINUX_MIB, build_payload(kernel))
     return EmulatedHost(kernel, params, hardware, warm=warm, keep_spare=keep_spare, log=log)
+
+
+def _lab_machine(
+    choice: HostChoice, params: Mapping[str, str], log: Callable[[str], None], *, guest_linux: bool
+) -> Host:
+    from harness.host.lab_file import find_host
+    from harness.host.ssh import SshHost
+
+    if guest_linux:
+        raise HostError("no image of Linux is carried to lab machines: use the emulated host")
+    return SshHost(find_host(choice.host.removeprefix(SSH), choice.lab), params, log)
 
 
 class HostPool:
@@ -137,9 +172,21 @@ class HostPool:
             HostError: the host does not come up.
         """
         host = self.host(params)
+        if host.kind != "emulated":
+            self._release_others(host)
         if host not in self._sessions or (self._fresh and host.kind == "emulated"):
             self._sessions[host] = host.start()
         return host, self._sessions[host]
+
+    def _release_others(self, host: Host) -> None:
+        """One real machine has one set of parameters at a time.
+
+        Also one whose session was dropped may still have the machine.
+        """
+        for other in self._hosts.values():
+            if other is not host:
+                self._sessions.pop(other, None)
+                other.close()
 
     def drop(self, params: Mapping[str, str]) -> None:
         """Forget a session whose host was lost; the next case gets a new one."""

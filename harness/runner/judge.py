@@ -58,8 +58,9 @@ def _evidence(result: CallResult) -> dict[str, str]:
 def judge_lost(lost: HostLost, seconds: float) -> Outcome:
     """Return the outcome of a case during which the host died: a FAIL, with its last words.
 
-    An emulated host that hung without a word is the emulation's fault, and no verdict on KVM.
+    An emulated host that hung without a word is the emulation's fault, and no verdict on KVM;
+    neither is a lab machine that cannot be reached any more.
     """
     evidence = {"console": lost.console} if lost.console else {}
-    verdict = Verdict.ERROR if lost.silent else Verdict.FAIL
+    verdict = Verdict.ERROR if lost.silent or lost.unreachable else Verdict.FAIL
     return Outcome(verdict, f"the host was lost: {lost}", seconds, evidence)

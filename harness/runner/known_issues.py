@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 from harness.errors import HarnessError
@@ -36,6 +37,12 @@ class KnownIssue:
     kernels: tuple[str, ...] = ()
     #: Only on this kind of host; empty for any.
     host: str = ""
+    #: The last day on which it excuses a FAIL; None: it is reviewed when it does not show any more.
+    expires: date | None = None
+
+    def has_expired(self, today: date) -> bool:
+        """Say whether it excuses nothing any more."""
+        return self.expires is not None and today > self.expires
 
     def applies(self, case_id: str, release: str, host_kind: str) -> bool:
         """Say whether this issue is about the case on this kernel and host."""
@@ -85,8 +92,13 @@ def _issue(path: Path, number: int, entry: dict[str, object]) -> KnownIssue:
     if unknown := sorted(set(entry) - known):
         raise HarnessError(f"{where}: unknown key {unknown[0]!r}")
     lists = {key: _texts(where, key, entry.get(key, [])) for key in ("match", "kernels")}
-    texts = {key: str(value) for key, value in entry.items() if key not in lists}
-    return KnownIssue(**lists, **texts)  # type: ignore[arg-type]
+    expires = entry.get("expires")
+    # A date with a time of day is a date to Python.
+    if expires is not None and type(expires) is not date:
+        raise HarnessError(f"{where}: expires must be a date such as 2027-01-31, without quotes")
+    others = {*lists, "expires"}
+    texts = {key: str(value) for key, value in entry.items() if key not in others}
+    return KnownIssue(**lists, **texts, expires=expires)  # type: ignore[arg-type]
 
 
 def _texts(where: str, key: str, value: object) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,13 @@ class Lab:
         Raises:
             Cancelled: the run ends early, and this case has no outcome.
         """
-        self.results.write("begin", case=case.id, claim=case.scenario.claim)
+        self.results.write(
+            "begin",
+            case=case.id,
+            repeat=case.repeat,
+            claim=case.scenario.claim,
+            levels=case.scenario.levels,
+        )
         started = time.monotonic()
         outcome = self._attempt(pool, case)
         if outcome is None:
@@ -69,7 +76,7 @@ class Lab:
             raise HarnessError(f"{case.id}: the last attempt had no outcome")
         if self.stopping.is_set():
             raise Cancelled("the run ends early")
-        params = case.scenario.params
+        params = case.scenario.host_params
         host = pool.host(params).describe() if pool.has(params) else None
         ran = Ran(self._known(case, outcome, host), round(time.monotonic() - started, 3))
         self._record_end(case, ran, host)
@@ -90,6 +97,7 @@ class Lab:
         self.results.write(
             "end",
             case=case.id,
+            repeat=case.repeat,
             claim=case.scenario.claim,
             verdict=outcome.verdict.value,
             reason=outcome.reason,
@@ -104,12 +112,17 @@ class Lab:
         if outcome.verdict not in (Verdict.FAIL, Verdict.PASS) or host is None:
             return outcome
         issue = find(self._issues, case.id, host["kernel_release"], host["kind"])
-        return replace(outcome, known=issue.id) if issue else outcome
+        if issue is None:
+            return outcome
+        if issue.has_expired(date.today()):
+            said = f"known issue {issue.id} expired on {issue.expires}"
+            return replace(outcome, reason=f"{outcome.reason}\n({said})".strip())
+        return replace(outcome, known=issue.id)
 
     def _attempt(self, pool: HostPool, case: Case, *, last: bool = False) -> Outcome | None:
         """Return the outcome; None if the emulated host hung without a word: try again."""
         started = time.monotonic()
-        params = case.scenario.params
+        params = case.scenario.host_params
         try:
             host, session = pool.session(params)
         except (NsvmError, OSError) as e:

@@ -13,7 +13,7 @@ import pytest
 
 import harness.scenarios
 from harness.errors import NsvmError
-from harness.runner.hosts import HostChoice
+from harness.runner.hosts import HostChoice, host_name
 from harness.runner.plugin import Plugin
 from harness.runner.run import Run, RunOptions
 from harness.scenarios.case import LIFECYCLES
@@ -28,7 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what `nsvm run` has and pytest has not."""
     group = parser.getgroup("nsvm", "nested SVM scenarios (as nsvm run)")
     add = group.addoption
-    add("--nsvm-host", choices=["auto", "local", "emulated"], default="auto", help="where to run")
+    add("--nsvm-host", type=host_name, default="auto", help="auto, local, emulated or ssh:NAME")
     add("--nsvm-kernel", metavar="SPEC", help="kernel of the emulated host")
     add("--nsvm-modules", type=Path, metavar="DIR", help="with --nsvm-kernel PATH: its modules")
     add("--nsvm-shared", action="store_true", help="one machine for all cases")
@@ -86,6 +86,8 @@ class PlainPlugin(Plugin):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run, only=_OWN)
+        #: Of the run; 0 if pytest has a status of its own to tell.
+        self.status = 0
         self._stack = ExitStack()
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
@@ -104,7 +106,8 @@ class PlainPlugin(Plugin):
         only_ours = len(session.items) == len(self.run.cases)
         status = pytest.ExitCode(exitstatus)
         if self.run.finished and only_ours and status in _OURS:
-            session.exitstatus = self.run.status(broken=status is pytest.ExitCode.INTERRUPTED)
+            self.status = self.run.status(broken=status is pytest.ExitCode.INTERRUPTED)
+            session.exitstatus = self.status
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Show what `nsvm run` shows at its end."""
@@ -112,6 +115,8 @@ class PlainPlugin(Plugin):
             terminalreporter.section("nsvm")
             for line in self.run.summary():
                 terminalreporter.write_line(line)
+            if path := terminalreporter.config.option.xmlpath:
+                self.run.redden_junit(Path(path), self.status)
 
     def pytest_unconfigure(self) -> None:
         """End the hosts and close the files."""

@@ -19,14 +19,26 @@ import psutil
 
 from harness.errors import HostError
 from harness.host.session import Cancelled
+from harness.report.junit import add_error
 from harness.report.results import ResultsFile
-from harness.report.verdict import Outcome, Verdict, exit_status
-from harness.runner.hosts import HostChoice, HostPool
+from harness.report.run_record import FILE as RESULTS_FILE
+from harness.report.run_record import read_record
+from harness.report.store import FILE as STORE_FILE
+from harness.report.store import Store
+from harness.report.verdict import STATUS_NOTHING, Outcome, Verdict, exit_status
+from harness.runner.driver import describe_machine
+from harness.runner.hosts import DEFAULT_KERNEL, HostChoice, HostPool
 from harness.runner.known_issues import load as load_known_issues
 from harness.runner.lab import Lab, Ran
 from harness.runner.requirements import ask, check_names, complaint
 from harness.runner.workers import Workers
 from harness.scenarios.case import Case
+
+#: Where runs go that are not told where.
+OWN_RESULTS = Path("results")
+
+#: Environment variable: the results store.
+STORE_VARIABLE = "NSVM_STORE"
 
 #: An emulated host has a machine at work and one in reserve, of 768 MiB each, and QEMU's own.
 _MEMORY_PER_JOB = 2 << 30
@@ -54,11 +66,13 @@ class RunOptions:
     require: tuple[str, ...] = ()
     #: What all machines go through; None: what each scenario says.
     lifecycle: str | None = None
+    #: The results store; None: $NSVM_STORE, else beside the directory of results.
+    store: Path | None = None
 
 
 def default_jobs(kind: str) -> int:
     """Return how many hosts of this kind to use at the same time."""
-    if kind == "local":
+    if kind != "emulated":
         return 1
     cpus = len(os.sched_getaffinity(0))
     fit = psutil.virtual_memory().available // _MEMORY_PER_JOB
@@ -78,18 +92,24 @@ class Run:
         self.options = options
         self.kind = options.choice.resolved()
         self.jobs = options.jobs or default_jobs(self.kind)
-        if self.kind == "local" and self.jobs > 1:
+        if self.kind != "emulated" and self.jobs > 1:
             raise HostError(
-                f"{self.jobs} jobs: on a local host, cases run one after the other; they share its"
+                f"{self.jobs} jobs: on {self.kind}, cases run one after the other; they share its"
                 " kernel log and its memory"
             )
-        self.directory = options.directory or _own_directory()
+        self.directory = options.directory or new_directory()
         #: What is to run, in order, and how it ended, by its number.
         self.cases: Sequence[Case] = ()
         self.outcomes: dict[int, Outcome] = {}
         #: What makes the run an ERROR whatever the cases say; each in one line.
         self.complaints: list[str] = []
         self.finished = False
+        #: What is left is not missed: it was to end with the first failure.
+        self.has_enough = False
+        own = os.environ.get(STORE_VARIABLE)
+        self.store = options.store or (
+            Path(own) if own else self.directory.resolve().parent / STORE_FILE
+        )
         self._log = log
         self._started = time.monotonic()
         self._stack = ExitStack()
@@ -104,10 +124,19 @@ class Run:
             HostError: the results cannot be written, or the host cannot be had.
         """
         with ExitStack() as stack:
-            file = stack.enter_context(ResultsFile(self.directory / "results.jsonl"))
-            revision = _revision()
-            file.write("run", version=version("nsvm-harness"), revision=revision, argv=sys.argv[1:])
+            file = stack.enter_context(ResultsFile(self.directory / RESULTS_FILE))
             options = self.options
+            file.write(
+                "run",
+                version=version("nsvm-harness"),
+                revision=_revision(),
+                argv=sys.argv[1:],
+                machine=describe_machine(),
+                choice=self._chosen(),
+            )
+            # From now on, whatever becomes of this process: a run without an end is in the report.
+            self._into_store()
+            stack.callback(self._into_store)
             self._pools = [
                 stack.enter_context(
                     HostPool(options.choice, fresh=not options.shared, log=self._log)
@@ -135,6 +164,20 @@ class Run:
     ) -> None:
         self._stack.close()
 
+    def _chosen(self) -> dict[str, str]:
+        """Return which host and kernel were asked for: what there is to tell if none comes up."""
+        emulated = self.kind == "emulated"
+        kernel = (self.options.choice.kernel or DEFAULT_KERNEL) if emulated else os.uname().release
+        return {"host": self.kind, "kernel": kernel}
+
+    def _into_store(self) -> None:
+        """Put what is recorded into the results store; where that fails the files are there."""
+        try:
+            with Store(self.store) as store:
+                store.add(read_record(self.directory / RESULTS_FILE))
+        except HostError as e:
+            self._log(f"not in the results store: {e}")
+
     def _require(self) -> None:
         if not self.options.require:
             return
@@ -145,6 +188,7 @@ class Run:
 
     def workers(self) -> Workers:
         """Return what runs `cases`, not yet started; `wait` gives their outcomes."""
+        self.lab.results.write("plan", cases=[[case.id, case.repeat] for case in self.cases])
         pools = self._pools[: max(1, len(self.cases))]
         self._workers = Workers(self.lab, pools, self.cases)
         return self._workers
@@ -174,13 +218,19 @@ class Run:
             if number in ended
             else self.lab.record_missed(case, reason)
             for number, case in enumerate(self.cases)
+            if number in ended or not self.has_enough
         }
         errors = self._workers.errors if self._workers else ()
         self.complaints += [f"the harness's own: {type(e).__name__}: {e}" for e in errors]
         self._seconds = round(time.monotonic() - self._started, 1)
         hosts = self._workers.hosts() if self._workers else []
         self.lab.results.write(
-            "summary", counts=self.counts(), seconds=self._seconds, jobs=self.jobs, hosts=hosts
+            "summary",
+            counts=self.counts(),
+            seconds=self._seconds,
+            jobs=self.jobs,
+            hosts=hosts,
+            complaints=self.complaints,
         )
 
     def counts(self) -> dict[str, int]:
@@ -197,6 +247,17 @@ class Run:
         if broken or self.complaints:
             verdicts.append(Verdict.ERROR)
         return exit_status(verdicts)
+
+    def redden_junit(self, path: Path, status: int) -> None:
+        """See to it that the JUnit file of a run that is not green is not, either.
+
+        Raises:
+            HostError: it cannot be read or written.
+        """
+        if status and path.exists():
+            nothing = "nothing ran, or all was skipped"
+            said = "; ".join(self.complaints) or "the run was broken"
+            add_error(path, nothing if status == STATUS_NOTHING else said)
 
     def summary(self) -> Iterator[str]:
         """Yield lines: each outcome that needs to be looked at, then the totals."""
@@ -237,13 +298,13 @@ def _revision() -> str:
     return done.stdout.strip()
 
 
-def _own_directory() -> Path:
+def new_directory() -> Path:
     """Make and return a directory that no other run writes to, named for the time.
 
     Raises HostError: it cannot be made.
     """
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    path, number = Path("results") / stamp, 1
+    path, number = OWN_RESULTS / stamp, 1
     while True:
         try:
             path.mkdir(parents=True)

@@ -51,13 +51,13 @@ class CaseQueue:
 
     def _taken(self, number: int, case: Case, worker: object) -> int:
         del self._left[number]
-        if case.scenario.params:
+        if case.scenario.host_params:
             self._owners.setdefault(_key(case), worker)
         return number
 
 
 def _key(case: Case) -> Params:
-    return tuple(sorted(case.scenario.params.items()))
+    return tuple(sorted(case.scenario.host_params.items()))
 
 
 class Workers:

@@ -24,6 +24,9 @@ of a vCPU."""
 
 LIFECYCLES = (FRESH, RESTORED)
 
+GUEST_LINUX = "guest-linux"
+"""What a host is asked for beside kvm_amd's parameters: Linux for guests of its own."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -43,6 +46,13 @@ class Scenario:
     unsafe: bool = False
     #: Expressions for kernel log lines that this scenario provokes on purpose.
     benign: tuple[str, ...] = ()
+    #: The host must have an image of Linux to boot as a guest (`harness.nest.payload`).
+    guest_linux: bool = False
+
+    @property
+    def host_params(self) -> dict[str, str]:
+        """What the host must be like: kvm_amd's parameters, and GUEST_LINUX if it is needed."""
+        return {**self.params, **({GUEST_LINUX: "1"} if self.guest_linux else {})}
 
     @property
     def name(self) -> str:
@@ -61,6 +71,8 @@ class Case:
 
     scenario: Scenario
     values: Mapping[str, Value]
+    #: Which time it is that this case runs, from 1.
+    repeat: int = 1
 
     @property
     def id(self) -> str:
@@ -82,6 +94,7 @@ def scenario(
     quick: bool = False,
     unsafe: bool = False,
     benign: Sequence[str] = (),
+    guest_linux: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Declare the decorated function as a scenario; its docstring's first line is the claim."""
 
@@ -97,6 +110,7 @@ def scenario(
             quick,
             unsafe,
             tuple(benign),
+            guest_linux,
         )
         if not declared.claim:
             raise TypeError(f"scenario {declared.name} has no docstring to claim anything")

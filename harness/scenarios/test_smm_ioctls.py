@@ -126,7 +126,7 @@ def _set_smm(machine: ProxyMachine, value: int) -> None:
 
 @scenario(needs=[nested_svm, smm], axes={"level": LEVELS}, levels=2)
 def test_smi_pending_by_ioctl_is_taken(context: Context, level: int) -> None:
-    """smi.pending set by KVM_SET_VCPU_EVENTS is an SMI; cleared, it takes KVM_SMI back."""
+    """KVM_SET_VCPU_EVENTS of smi.pending=1 is an SMI; of 0, it takes KVM_SMI back."""
     machine = proxy_machine(context, smm=True)
     guest = machine.level(level, npt=False)
     guest.ping()

@@ -33,6 +33,14 @@ def talk(emit, count):
     os.write(2, b"and no end of line")
 
 
+def talk_slowly(emit, count):
+    """Talk for some seconds."""
+    for number in range(count):
+        print(f"line {number}")
+        emit("note", number=number)
+        time.sleep(0.005)
+
+
 def say_and_wait(emit, go):
     """Say something at once, and end when the file `go` is there."""
     emit("note", what="waiting")

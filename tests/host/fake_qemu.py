@@ -1,9 +1,11 @@
 """A QEMU that is none: it serves the agent on the channel, on this machine, without any KVM.
 
 Files beside it tell it what to do: `mode` is what becomes of a machine that starts, `agent_dir`
-where the agent is. It writes the command lines that it was given to `command`.
+where the agent is, `params` the parameters that kvm_amd has in it. It writes the command lines that
+it was given to `command`.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -36,6 +38,10 @@ def main():
     import agent
 
     agent._BUNDLES = HERE / "bundles"
+    said = agent.hello()
+    params = json.loads((HERE / "params").read_text())
+    said["params"] = {f"kvm_amd.{name}": value for name, value in params.items()}
+    agent.hello = lambda: said
     fd = int(chardev("channel")["fd"])
     agent.serve(fd, fd)
 

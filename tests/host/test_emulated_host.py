@@ -1,6 +1,7 @@
 """The emulated host around a QEMU that is none: what it starts, keeps, notices and removes."""
 
 import errno
+import json
 import os
 import select
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 import harness.host.agent
 from harness.errors import HostError, HostLost
-from harness.host import emulated
+from harness.host import emulated, initrd_build
 from harness.host import session as session_module
 from harness.host.bundle import PRELOAD, Bundle
 from harness.host.emulated import EmulatedHost, Hardware
@@ -64,11 +65,17 @@ class FakeQemu:
 def qemu(tmp_path, monkeypatch):
     directory = tmp_path / "bin"
     directory.mkdir()
+
+    def initrd(params):
+        # A real one loads kvm_amd with them.
+        (directory / "params").write_text(json.dumps(params))
+        return tmp_path / "initrd"
+
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
     monkeypatch.setenv("NSVM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(emulated.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(EmulatedHost, "_initrd", lambda self: tmp_path / "initrd")
+    monkeypatch.setattr(EmulatedHost, "_initrd", lambda self: initrd(self.params))
     monkeypatch.setattr(emulated, "userland", lambda: tmp_path / "userland")
     archive = tmp_path / "code.zip"
     with zipfile.ZipFile(archive, "w") as file:
@@ -253,15 +260,15 @@ def test_what_is_in_the_initrd_decides_its_name(monkeypatch, tmp_path):
     """The agent, the kernel and the module parameters; built once for each."""
     built = []
     monkeypatch.setenv("NSVM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(emulated, "userland", lambda: tmp_path / "userland")
+    monkeypatch.setattr(initrd_build, "userland", lambda: tmp_path / "userland")
     monkeypatch.setattr(emulated, "qemu_version", lambda: "9")
-    monkeypatch.setattr(emulated.initrd, "compile_tree", lambda *arguments: None)
-    monkeypatch.setattr(emulated.initrd, "entries", lambda *arguments: built.append(1) or [])
+    monkeypatch.setattr(initrd_build.initrd, "compile_tree", lambda *arguments: None)
+    monkeypatch.setattr(initrd_build.initrd, "entries", lambda *arguments: built.append(1) or [])
     sources = tmp_path / "sources"
     sources.mkdir()
     for name in ("agent.py", "init.py"):
         (sources / name).write_text(name)
-    monkeypatch.setattr(emulated, "__file__", str(sources / "emulated.py"))
+    monkeypatch.setattr(initrd_build, "SOURCES", sources)
 
     def name_for(kernel=KERNEL, params=None):
         with EmulatedHost(kernel, params) as host:

@@ -17,6 +17,7 @@ from harness.model.operations import (
     SetSmm,
     Smi,
     WriteSaveArea,
+    WriteVmcb,
 )
 from harness.svm.msrs import Efer
 from harness.svm.smram import SMM_REVISION_32
@@ -114,3 +115,29 @@ def test_an_smi_waits_for_gif():
     assert not waiting.seen["smm"]
     _, taken = model_after(*ON, do("CLGI"), Smi(), do("NOP"), do("STGI"))
     assert taken.seen["smm"]
+
+
+@pytest.mark.parametrize("loads_shadow", [False, True])
+def test_a_shadow_given_to_vmrun_outlives_an_smi_where_the_cpu_takes_it(loads_shadow):
+    """L2 is entered and left at once: there is no instruction that would end the shadow."""
+    shadow = WriteVmcb("a", {"control.int_state": 1})
+    _, inside = model_after(
+        *(*ON, do("CLGI"), shadow, Smi(), vmrun()), kernel="6.12", loads_shadow=loads_shadow
+    )
+    assert inside.seen["smm"]
+    assert inside.seen["vmcb_a.control.int_state"] == loads_shadow
+
+
+def test_stgi_is_open_only_until_intercepts_are_computed_anew():
+    set_gif = SetNestedState(GIF, size=128)
+    opened, closed = (do("NOP"), set_gif), (set_gif, do("NOP"))
+    assert model_after(*opened, do("STGI"), kernel="7.3")[1].result == "report"
+    assert model_after(*closed, do("STGI"), kernel="7.3")[1].result == "#UD"
+    waits = (SetNestedState(0, size=128), Smi(), do("NOP"))
+    assert model_after(*opened, *waits, do("STGI"), kernel="7.3")[1].result == "#UD"
+
+
+def test_l2_has_the_fixed_bit_of_rflags_once_it_was_entered():
+    zero = WriteVmcb("a", {"save.rflags": 0})
+    _, inside = model_after(*ON, do("CLGI"), zero, Smi(), vmrun(), kernel="5.10")
+    assert inside.seen["vmcb_a.save.rflags"] == layout.RFLAGS_ON

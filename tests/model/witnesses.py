@@ -107,7 +107,7 @@ WITNESSES = {
     "efer_unchanged": one(do("CLGI"), EFER_OFF),
     "sregs_checks_cr0": one(SetSregs({"cr0": layout.CR0_ON | 1 << 29})),
     "sregs_checks_efer": one(SetCpuid("svm", False), SetSregs({"efer": SVME})),
-    "stgi_without_svme": one(do("CLGI")),
+    "stgi_without_svme": one(do("NOP"), SetNestedState(GIF, size=128), do("STGI"), do("CLGI")),
     "vmmcall_in_l2": one(*l2_with({"control.intercepts.4": 1}), do("VMMCALL")),
     "clean_bits": Witness(
         (

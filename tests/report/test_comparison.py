@@ -8,7 +8,9 @@ from harness.report.comparison import Cell, ResultsError, Row, compare, read_run
 from harness.report.results import ResultsFile
 from harness.report.verdict import Verdict
 
-PASS, FAIL, KNOWN = Cell(Verdict.PASS), Cell(Verdict.FAIL, "no"), Cell(Verdict.FAIL, "no", "id")
+PASS = Cell(Verdict.PASS)
+FAIL = Cell(Verdict.FAIL, "no", "", "FAIL: no")
+KNOWN = Cell(Verdict.FAIL, "no", "id", "FAIL: no")
 
 
 @pytest.fixture
@@ -33,7 +35,18 @@ def test_only_cases_whose_verdicts_differ_are_rows(run):
     other = read_run(run("other", {"a": PASS, "b": KNOWN, "c": KNOWN}))
     found = compare([one, other])
     assert found.rows == [Row("b", [PASS, KNOWN])]
-    assert (found.same, found.partial) == (2, 1)
+    assert (found.same, found.same_failures, found.partial) == (2, 1, 1)
+
+
+def test_the_same_failure_is_said_to_be_and_another_one_is_a_row(run):
+    def reason(text):
+        return Cell(Verdict.FAIL, text, "", f"FAIL: {text}")
+
+    one = read_run(run("one", {"a": reason("x: saw 1"), "b": reason("in 5 s")}))
+    other = read_run(run("other", {"a": reason("x: saw 2"), "b": reason("in 6 s")}))
+    found = compare([one, other])
+    assert [row.case for row in found.rows] == ["a"]
+    assert (found.same, found.same_failures) == (1, 1)
 
 
 def test_cases_that_are_not_wanted_are_not_counted(run):

@@ -17,7 +17,7 @@ class Ran:
 
     def __init__(self, result, directory, pools):
         assert result.exception is None or isinstance(result.exception, SystemExit), result
-        self.status, self.output = result.exit_code, result.output
+        self.status, self.output, self.stdout = result.exit_code, result.output, result.stdout
         self.pools, self.pool = pools, pools[0]
         self.events = read_results(directory / "results.jsonl")
         self.junit = ElementTree.parse(directory / "junit.xml").getroot()

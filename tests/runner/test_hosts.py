@@ -132,6 +132,31 @@ def test_each_set_of_parameters_has_a_host_of_its_own(pool):
     assert starts(pool) == [1, 1]
 
 
+@pytest.mark.parametrize("kind", ["local", "ssh"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_real_machine_has_one_set_of_parameters_at_a_time(pool, kind, dropped):
+    with pool(kind) as opened:
+        first, _ = opened.session({"npt": "0"})
+        if dropped:
+            opened.drop({"npt": "0"})
+        second, _ = opened.session({})
+        assert (first.closed, second.closed) == (True, False)
+        opened.session({"npt": "0"})
+    assert starts(pool) == [2, 1]
+
+
+def test_a_lab_machine_is_made_from_its_entry(tmp_path):
+    lab = tmp_path / "lab.toml"
+    lab.write_text('[hosts]\nzen4 = "zen4.lab"\n')
+    choice = HostChoice("ssh:zen4", lab=lab, params=(("npt", "0"), ("vgif", "0")))
+    host = make_host(choice, {"vgif": "1"})
+    assert (host.kind, host.lab.label) == ("ssh", "root@zen4.lab")
+    # A scenario's own parameters count more than the command line's.
+    assert host.params == {"npt": "0", "vgif": "1"}
+    with pytest.raises(HostError, match=r"--kernel .* cannot go with ssh:zen4"):
+        make_host(HostChoice("ssh:zen4", "6.1", lab=lab))
+
+
 def test_all_hosts_are_closed_at_the_end_whatever_happens(pool):
     def fail():
         with pool("local") as opened:

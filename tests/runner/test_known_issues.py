@@ -1,3 +1,5 @@
+from datetime import date
+
 import pytest
 
 from harness.commands.list import all_scenarios
@@ -65,6 +67,13 @@ def test_a_host_kind_narrows_it_down():
     assert not one.applies("c", "6.1", "local")
 
 
+def test_an_issue_excuses_until_the_end_of_its_last_day(tmp_path):
+    (one,) = load(written(tmp_path, ENTRY + "expires = 2027-01-31\n"))
+    assert not one.has_expired(date(2027, 1, 31))
+    assert one.has_expired(date(2027, 2, 1))
+    assert not issue().has_expired(date(9999, 1, 1))
+
+
 def test_the_first_that_applies_is_found():
     issues = [issue(id="one", match=("x",)), issue(id="two", match=("c",))]
     assert find(issues, "c", "6.1", "local").id == "two"
@@ -79,6 +88,8 @@ def test_the_first_that_applies_is_found():
         (ENTRY + 'kernel = "6.1"\n', "unknown key 'kernel'"),
         (ENTRY + ENTRY, "two issues have the id 'hsave-zero'"),
         (ENTRY.replace('["5.10"]', "5.10"), "kernels must be a text or a list of texts"),
+        (ENTRY + 'expires = "2027-01-31"\n', "expires must be a date"),
+        (ENTRY + "expires = 2027-01-31T10:00:00\n", "expires must be a date"),
     ],
 )
 def test_a_malformed_file_is_one_line_that_says_where(tmp_path, text, says):

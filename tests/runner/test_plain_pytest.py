@@ -80,6 +80,9 @@ def test_the_exit_status_is_that_of_nsvm_run(plain, fates, status):
     ran = plain(fates=fates)
     assert ran.status == status, ran.output + ran.errors
     assert {case: ran.verdicts[case] for case in fates} == fates
+    # Who reads JUnit only sees the same.
+    junit = ElementTree.parse(ran.directory / "junit.xml").getroot()
+    assert bool(list(junit.iter("failure")) + list(junit.iter("error"))) == bool(status)
 
 
 def test_one_that_is_interrupted_records_what_never_ran(plain):

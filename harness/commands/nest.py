@@ -1,0 +1,162 @@
+"""`nsvm nest`: Linux as guest of Linux, level by level, with one verdict."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from harness.commands.options import host_choice, host_options, require_writable, write_json
+from harness.nest.plan import Inner, Plan
+from harness.report.verdict import Verdict, exit_status
+from harness.runner.nest import nest
+
+
+@click.command("nest")
+@click.option(
+    "--depth",
+    type=click.IntRange(1, 3),
+    default=1,
+    show_default=True,
+    help="Levels of Linux, the host not counted.",
+)
+@click.option(
+    "--inner",
+    type=click.Choice([kind.value for kind in Inner]),
+    default=Inner.PROXY.value,
+    show_default=True,
+    help="What the innermost of them has as its guest: a proxy machine, or one more Linux.",
+)
+@click.option("--guest-kernel", metavar="SPEC", help="Kernel of the guests; the host's by default.")
+@click.option("--vcpus", type=click.IntRange(1, 4), default=1, show_default=True)
+@click.option(
+    "--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of every level's work."
+)
+@click.option(
+    "--steps", type=click.IntRange(1), default=24, show_default=True, help="Of the proxy's work."
+)
+@click.option(
+    "--patience",
+    type=click.FloatRange(0.01),
+    default=1.0,
+    show_default=True,
+    metavar="X",
+    help="All deadlines are multiplied by it.",
+)
+@click.option(
+    "--slow-clock",
+    type=click.IntRange(1, 10),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Let time pass N times slower from L2 on, where emulated ticks would eat up all of it.",
+)
+@click.option(
+    "--moves", type=click.IntRange(0), default=0, show_default=True, help="Migrations of L1."
+)
+@click.option("--append", default="", metavar="ARGS", help="More of the guests' command line.")
+@click.option(
+    "--consoles",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory for the consoles and kernel logs of all levels.",
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@host_options
+def command(
+    depth: int,
+    inner: str,
+    guest_kernel: str | None,
+    vcpus: int,
+    rounds: int,
+    steps: int,
+    patience: float,
+    slow_clock: int,
+    moves: int,
+    append: str,
+    consoles: Path | None,
+    json_file: Path | None,
+    host: str,
+    kernel: str | None,
+    modules: Path | None,
+) -> None:
+    """Boot Linux in the host, in it Linux, and so on; have every level work and check itself.
+
+    Every Linux boots from the same kernel and an initrd that holds this harness, which creates the
+    next level with the same code. Deadlines are per level and grow with it.
+
+    Exit status: 0 all levels worked and no kernel complained, 1 a level failed, 2 the host or the
+    harness broke, or a level stopped and nobody can say whether it hangs or is slow.
+    """
+    require_writable(json_file)
+    options = f"{Plan.options} {append}".strip()
+    plan = Plan(depth, Inner(inner), vcpus, steps, rounds, options, patience, slow_clock, moves)
+    report = nest(host_choice(host, kernel, modules), plan, guest_kernel, _tell, consoles)
+    if json_file is not None:
+        write_json(json_file, report)
+    if json_file is None or str(json_file) != "-":
+        _print(report)
+    sys.exit(exit_status([Verdict(report["verdict"])]))
+
+
+def _tell(text: str) -> None:
+    click.echo(f"nsvm: {text}", err=True)
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    host, plan = report["host"], report["plan"]
+    console.print(f"host         {host['kernel_release']}, {host['silicon']}")
+    console.print(f"tower        {plan['depth']} levels, the guest of the last: {plan['inner']}")
+    table = Table("level", "kernel", "CPUs", "boot, s", "all, s", "stands at")
+    for level in report["levels"]:
+        if level["number"] and (level["stages"] or level["report"]):
+            table.add_row(*_row(level))
+    console.print(table)
+    if report["memory"]:
+        console.print(_memory_table(report["memory"]))
+    for level in report["levels"]:
+        for line in level["kernel_log"][-5:]:
+            console.print(f"L{level['number']} kernel    {line}", markup=False)
+    for move in report["moves"]:
+        console.print(
+            f"move {move['number']:<7} {move['bytes'] >> 20} MiB in {move['seconds']:.1f} s, down"
+            f" for {1e3 * move['downtime_s']:.0f} ms, {move['in_guest_mode']} vCPUs in guest mode"
+        )
+    if report["lost"]:
+        console.print(f"last console lines of L{report['lost']['level']}:")
+        for line in report["lost"]["console"].splitlines():
+            console.print(f"  {line}", markup=False)
+    console.print(
+        f"verdict      {report['verdict']}: {report['why']} ({report['seconds']:.0f} s)",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _row(level: dict[str, Any]) -> tuple[str, ...]:
+    stages, seen = level["stages"], level["report"]
+    boot = stages["ready"] - stages["entered"] if "ready" in stages else None
+    return (
+        f"L{level['number']}",
+        str(seen.get("release", "")),
+        str(seen.get("cpus", "")),
+        "" if boot is None else f"{boot:.1f}",
+        f"{stages['done']:.1f}" if "done" in stages else "",
+        level["at"],
+    )
+
+
+def _memory_table(rows: list[dict[str, Any]]) -> Table:
+    """Return what the host paid when a level came to a new stage; not for every round of work."""
+    shown = {"anon": "guests, MiB", "kernel": "kernel, MiB", "sec_pagetables": "KVM's tables, MiB"}
+    there = [name for name in shown if name in rows[0]]
+    table = Table("memory of the host when", *(shown[name] for name in there))
+    for row in rows:
+        if not row["what"].startswith("round"):
+            sizes = (f"{row[name] / (1 << 20):.1f}" for name in there)
+            table.add_row(f"L{row['level']} {row['what']}", *sizes)
+    return table

@@ -1,0 +1,62 @@
+"""Linux as the guest: a real kernel with its own kvm_amd as L1, with L2 and L3 inside.
+
+Proxies find the precise bug, real kernels the one that nobody thought of. What runs in them checks
+itself, and its transcript is compared with one made without any of these guests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.errors import HostLost, ScenarioFailure
+from harness.facts import nested_svm
+from harness.nest.levels import descend
+from harness.nest.plan import Inner, Plan
+from harness.nest.work import expected
+from harness.nest.workloads import entry_sums
+from harness.scenarios.case import scenario
+from harness.scenarios.context import Context
+
+TIMEOUT_S = 180.0
+MOVES = 2
+
+
+@scenario(needs=[nested_svm], guest_linux=True, axes={"vcpus": (1, 2)}, timeout_s=TIMEOUT_S)
+def test_linux_works_as_l1(context: Context, vcpus: int) -> None:
+    """Linux boots as L1, finds all its CPUs, and its work comes out as it does without a VM."""
+    reports = _run(context, Plan(inner=Inner.PROXY, vcpus=vcpus, steps=0))
+    context.expect("L1's CPUs", reports["L1"]["cpus"], vcpus)
+
+
+@scenario(needs=[nested_svm], guest_linux=True, timeout_s=TIMEOUT_S)
+def test_kvm_in_linux_as_l1_runs_l2_and_l3(context: Context) -> None:
+    """The kvm_amd of a Linux that is L1 itself runs L2 and L3, which do what they do elsewhere."""
+    _run(context, Plan(rounds=1, steps=18))
+
+
+@scenario(needs=[nested_svm], guest_linux=True, timeout_s=TIMEOUT_S)
+def test_linux_goes_on_where_it_was_migrated(context: Context) -> None:
+    """A Linux that moves to other VMs while its KVM runs L2 and L3 notices nothing."""
+    _run(context, Plan(rounds=2, steps=12, moves=MOVES))
+
+
+def _run(context: Context, plan: Plan) -> dict[str, Any]:
+    """Build the tower; compare what its levels say with what they must say."""
+    moves = 0
+
+    def note(kind: str, **data: Any) -> None:
+        nonlocal moves
+        moves += kind == "moved"
+        context.note(kind, **{"stage" if name == "what" else name: v for name, v in data.items()})
+
+    try:
+        reports = descend(note, level=0, plan=plan.to_json())
+    except HostLost as e:
+        raise ScenarioFailure(f"{e}\n{e.console}") from e
+    wanted = expected(note, plan=plan.to_json(), reports=reports)
+    for name, report in reports.items():
+        for kind, entries in wanted.items():
+            if kind in report:
+                context.expect(f"{name}'s {kind}", report[kind], entry_sums(entries))
+    context.expect("moves", moves, plan.moves)
+    return reports

@@ -92,6 +92,10 @@ def set_nested_state(s: State, what: SetNestedState) -> str:
     if (cr0.NW and not cr0.CD) or set_state_violations(control, save, s.knobs, s.facts):
         return "EINVAL"
     _enter(s, what, control, save)
+    if what.kept:
+        # Checks took what the model does not know for 0; it is no more known for that.
+        unknown = (n for n, value in s.kept.control.items() if value == UNKNOWN)
+        s.control |= {n: UNKNOWN for n in unknown if f"control.{n}" not in what.changes}
     if s.knobs.set_state_checks_cr3 and not is_legal_cr3(s.regs["cr3"], s.facts):
         # Too late: the vCPU is in guest mode already.
         return "EINVAL"

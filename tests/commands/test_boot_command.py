@@ -3,7 +3,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -173,11 +172,10 @@ def test_ctrl_c_ends_it(pc_image):
     )
     while (line := process.stdout.readline()) != b"IPIs: ok\n":
         assert line, process.stderr.read()
-    since = time.monotonic()
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    # Well before its own timeout.
+    _, err = process.communicate(timeout=60)
     assert (process.returncode, err.strip()) == (130, b"nsvm: interrupted")
-    assert time.monotonic() - since < 15
 
 
 def on_bare_qemu(image, cpus, memory_mib, append):

@@ -10,6 +10,7 @@ from harness.model.facts import CpuFacts
 from harness.model.knobs import SETTINGS
 from harness.model.model import Model
 from harness.model.operations import (
+    GetNestedState,
     Resume,
     SetCpuid,
     SetNestedState,
@@ -141,3 +142,11 @@ def test_l2_has_the_fixed_bit_of_rflags_once_it_was_entered():
     zero = WriteVmcb("a", {"save.rflags": 0})
     _, inside = model_after(*ON, do("CLGI"), zero, Smi(), vmrun(), kernel="5.10")
     assert inside.seen["vmcb_a.save.rflags"] == layout.RFLAGS_ON
+
+
+def test_what_is_not_known_of_nested_state_is_not_known_after_its_restore():
+    given = SetNestedState(GM | GIF, vmcb_pa=A, changes={"control.next_rip": 0x1234})
+    kept = (GetNestedState(), SetNestedState(GM | GIF, vmcb_pa=A, kept=True))
+    _, restored = model_after(*ON, given, Resume(), *kept, kernel="7.3")
+    assert restored.result == "ok"
+    assert "nested.control.next_rip" not in restored.seen

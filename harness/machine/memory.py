@@ -17,6 +17,7 @@ from kvm_ioctl.cstruct import CStruct
 PAGE_SIZE = mmap.PAGESIZE
 HUGE_PAGE_SIZE = 2 << 20
 _ZERO_PAGE = bytes(PAGE_SIZE)
+_HUGE_TRIES = 32
 
 SMRAM_AS_ID = 1
 """The address space that a vCPU in SMM sees (KVM_CAP_MULTI_ADDRESS_SPACE)."""
@@ -333,12 +334,17 @@ def _huge(gpa: int, size_bytes: int) -> mmap.mmap:
 
     (kvm_alloc_memslot_metadata: others count as disallow_lpage.) There is no way to ask for an
     address, but mappings lie one below the other: one that fills the gap moves the next one down.
+    Where holes are left between older mappings it takes some more; without luck it is only slower.
     """
-    backing = _anonymous(size_bytes)
-    gap = (_address(backing) - gpa) % HUGE_PAGE_SIZE
-    if gap:
-        backing.close()
-        with _anonymous(gap):
+    with contextlib.ExitStack() as fillers:
+        for _ in range(_HUGE_TRIES):
+            backing = _anonymous(size_bytes)
+            gap = (_address(backing) - gpa) % HUGE_PAGE_SIZE
+            if not gap:
+                break
+            backing.close()
+            fillers.enter_context(_anonymous(gap))
+        else:
             backing = _anonymous(size_bytes)
     with contextlib.suppress(OSError):  # a kernel without transparent huge pages
         backing.madvise(mmap.MADV_HUGEPAGE)

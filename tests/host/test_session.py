@@ -35,12 +35,7 @@ def pair():
     ours, theirs = socket.socketpair()
     theirs.settimeout(30)
     with ours, theirs:
-        yield Session(SocketPipe(ours), HostLost), Agent(theirs)
-
-
-@pytest.fixture(autouse=True)
-def short_silence(monkeypatch):
-    monkeypatch.setattr(session_module, "SILENCE_S", 0.2)
+        yield Session(SocketPipe(ours), HostLost, silence_s=0.2), Agent(theirs)
 
 
 def end(call_id=1, outcome="return", **data):
@@ -156,8 +151,8 @@ def test_heartbeats_do_not_keep_a_call_waiting_for_ever(pair):
 
 def test_a_call_that_another_thread_cancels_ends_at_once(pair, monkeypatch):
     """Long before the host would be taken for lost."""
-    monkeypatch.setattr(session_module, "SILENCE_S", 60)
     session, agent = pair
+    monkeypatch.setattr(session, "_silence_s", 60)
     agent.say({"event": "begin", "id": 1})
     cancel = lambda event: threading.Timer(0.1, session.cancel).start()  # noqa: E731
     started = time.monotonic()

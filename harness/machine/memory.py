@@ -17,7 +17,7 @@ from kvm_ioctl.cstruct import CStruct
 PAGE_SIZE = mmap.PAGESIZE
 HUGE_PAGE_SIZE = 2 << 20
 _ZERO_PAGE = bytes(PAGE_SIZE)
-_HUGE_TRIES = 32
+_HUGE_TRIES = 64
 
 SMRAM_AS_ID = 1
 """The address space that a vCPU in SMM sees (KVM_CAP_MULTI_ADDRESS_SPACE)."""
@@ -339,11 +339,13 @@ def _huge(gpa: int, size_bytes: int) -> mmap.mmap:
     with contextlib.ExitStack() as fillers:
         for _ in range(_HUGE_TRIES):
             backing = _anonymous(size_bytes)
-            gap = (_address(backing) - gpa) % HUGE_PAGE_SIZE
-            if not gap:
+            start = _address(backing)
+            if (start - gpa) % HUGE_PAGE_SIZE == 0:
                 break
-            backing.close()
-            fillers.enter_context(_anonymous(gap))
+            # It fills its hole, and the gap is to the place below it where the next one would fit.
+            fillers.enter_context(backing)
+            if gap := (start - size_bytes - gpa) % HUGE_PAGE_SIZE:
+                fillers.enter_context(_anonymous(gap))
         else:
             backing = _anonymous(size_bytes)
     with contextlib.suppress(OSError):  # a kernel without transparent huge pages

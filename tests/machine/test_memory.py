@@ -1,4 +1,6 @@
 import mmap
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 
 from harness.machine.errors import GuestMemoryError
 from harness.machine.guest_abi import report
-from harness.machine.memory import HUGE_PAGE_SIZE, PAGE_SIZE, SMRAM_AS_ID, GuestMemory
+from harness.machine.memory import PAGE_SIZE, SMRAM_AS_ID, GuestMemory
 
 
 @pytest.fixture
@@ -143,11 +145,18 @@ def test_memory_behaves_like_one_byte_array(writes):
         assert memory.read(0, SIZE) == expected[:SIZE]
 
 
-def test_memory_of_huge_pages_lies_as_the_guest_sees_it(memory):
-    """Else KVM maps it page by page."""
+def test_memory_of_huge_pages_lies_as_the_guest_sees_it():
+    """Else KVM maps it page by page. In a process of its own: holes in this one's are no matter."""
+    code = f"""
+from harness.machine.memory import HUGE_PAGE_SIZE, GuestMemory
+class IgnoresSlots:
+    def set_user_memory_region(self, *args, **kwargs): pass
+with GuestMemory(IgnoresSlots()) as memory:
     low = memory.add(0, 0xA0000, huge=True)
     high = memory.add(0xC0000, (64 << 20) - 0xC0000, huge=True)
-    assert (low.hva - low.gpa) % HUGE_PAGE_SIZE == 0
-    assert (high.hva - high.gpa) % HUGE_PAGE_SIZE == 0
-    memory.write(0xC0000, b"x" * PAGE_SIZE)
-    assert memory.read(0xC0000, 1) == b"x"
+    print((low.hva - low.gpa) % HUGE_PAGE_SIZE, (high.hva - high.gpa) % HUGE_PAGE_SIZE)
+    memory.write(0xC0000, b"x" * {PAGE_SIZE})
+    print(memory.read(0xC0000, 1))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("0 0\nb'x'\n", "")

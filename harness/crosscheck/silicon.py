@@ -75,6 +75,7 @@ def cpu_facts(entries: Iterable[kvm_cpuid_entry2]) -> CpuFacts:
         sev_es=bit(_SEV_ES),
         silicon=silicon,
         loads_shadow=silicon == SILICON,
+        loads_cpl=silicon == SILICON,
         **features,
     )
 

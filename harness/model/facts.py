@@ -61,6 +61,8 @@ class CpuFacts:
     """The host runs with CR4.MCE, which KVM therefore sets in every guest's hardware CR4."""
     loads_shadow: bool = False
     """VMRUN takes the interrupt shadow from the VMCB (QEMU 7.2's helper_vmrun() does not)."""
+    loads_cpl: bool = False
+    """VMRUN takes the CPL from the VMCB (QEMU 7.2's helper_vmrun() takes SS.DPL)."""
     cpu_checks_rax: bool = True
     """VMRUN, VMLOAD and VMSAVE of an address that is not of a page: #GP before the intercept."""
 

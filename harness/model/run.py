@@ -22,7 +22,7 @@ from harness.model.vmrun import msrpm_readable
 from harness.svm.exit_codes import VMEXIT_INVALID, ExitCode
 from harness.svm.intercepts import Intercept
 from harness.svm.msrs import Cr4
-from harness.svm.vmcb import EventInj, IntCtl, NestedCtl
+from harness.svm.vmcb import EventInj, IntCtl, NestedCtl, SegAttrib
 
 _LEFT_HALF_DONE: Final = (*SEG, *DT, "cr0", "cr2", "cr3", "dr7", "rflags", "rip", "rsp", "rax")
 
@@ -154,6 +154,8 @@ def _enter_hardware(s: State) -> bool:
     if not s.facts.loads_shadow:
         # Its #VMEXIT writes back that there is none, also where L2 has executed nothing.
         s.control["int_state"], s.shadow_by_rsm = 0, None
+    if not s.facts.loads_cpl and UNKNOWN not in (s.regs["cpl"], s.regs["ss.attrib"]):
+        s.regs["cpl"] = SegAttrib(s.regs["ss.attrib"]).DPL
     if s.regs["rflags"] != UNKNOWN:
         s.regs["rflags"] |= _RFLAGS_FIXED
     _canonicalize(s)

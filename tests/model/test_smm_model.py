@@ -150,3 +150,13 @@ def test_what_is_not_known_of_nested_state_is_not_known_after_its_restore():
     _, restored = model_after(*ON, given, Resume(), *kept, kernel="7.3")
     assert restored.result == "ok"
     assert "nested.control.next_rip" not in restored.seen
+
+
+@pytest.mark.parametrize("loads_cpl", [False, True])
+def test_a_cpl_given_to_vmrun_is_that_of_l2_where_the_cpu_takes_it(loads_cpl):
+    _, inside = model_after(
+        *(*ON, do("CLGI"), WriteVmcb("a", {"save.cpl": 3}), Smi(), vmrun()),
+        kernel="6.12",
+        loads_cpl=loads_cpl,
+    )
+    assert inside.seen["vmcb_a.save.cpl"] == (3 if loads_cpl else 0)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 import pytest
 
@@ -14,6 +15,10 @@ from kvm_ioctl.handles import Kvm
 
 #: What the emulated tests run on: versions as `nsvm --kernel` takes them.
 KERNELS = os.environ.get("NSVM_TEST_KERNELS", "5.10,7.3").split(",")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background jobs ignore it, and so would all that is started here to be interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 
 from harness.bench.boot import BOOT_BENCHMARKS, run_boot_benchmarks
 from harness.bench.choose import ExpressionError, matching
+from harness.bench.crosscheck_loops import CROSSCHECK_NAMES
 from harness.bench.loops import IOCTL_BENCHMARKS
 from harness.bench.migrate_loops import MIGRATE_NAMES
 from harness.bench.native import executable
@@ -24,7 +25,7 @@ from harness.runner.hosts import HostChoice, make_host
 
 IOCTL_NAMES = tuple(benchmark.name for benchmark in IOCTL_BENCHMARKS)
 PROXY_NAMES = tuple(benchmark.name for benchmark in PROXY_BENCHMARKS)
-NAMES = (*IOCTL_NAMES, *PROXY_NAMES, *MIGRATE_NAMES, *BOOT_BENCHMARKS)
+NAMES = (*IOCTL_NAMES, *PROXY_NAMES, *MIGRATE_NAMES, *CROSSCHECK_NAMES, *BOOT_BENCHMARKS)
 
 #: Seconds of a sample in C. Python's takes longer, by what the table is about.
 SAMPLE_S = 0.02
@@ -34,6 +35,7 @@ PROXY_SAMPLE_S = 0.1
 
 _IOCTL_TARGET = "harness.bench.inside:run_ioctl_benchmarks"
 _PROXY_TARGET = "harness.bench.proxy_loops:run_proxy_benchmarks"
+_CROSSCHECK_TARGET = "harness.bench.crosscheck_loops:run_crosscheck_benchmarks"
 _MIGRATE_TARGET = "harness.bench.migrate_loops:run_migrate_benchmarks"
 
 #: Of all benchmarks of one call on one host; a few seconds for each repetition is usual.
@@ -193,6 +195,8 @@ def _calls(wanted: Wanted) -> list[_Call]:
     if names := [name for name in wanted.names if name in PROXY_NAMES]:
         arguments = {"sample_s": PROXY_SAMPLE_S}
         found.append(_Call("the proxy benchmarks", _PROXY_TARGET, names, arguments))
+    if names := [name for name in wanted.names if name in CROSSCHECK_NAMES]:
+        found.append(_Call("the cross-check benchmark", _CROSSCHECK_TARGET, names, {}))
     if names := [name for name in wanted.names if name in MIGRATE_NAMES]:
         arguments = {"executable": _program("migrate_loops"), "sample_s": wanted.sample_s}
         limits = _MIGRATE_BASE_S, _MIGRATE_PER_REPEAT_S

@@ -44,6 +44,7 @@ CARRIED = (
     "harness/shell",
     "harness/inside.py",
     "harness/bench/__init__.py",
+    "harness/bench/crosscheck_loops.py",
     "harness/bench/designs.py",
     "harness/bench/inside.py",
     "harness/bench/loops.py",

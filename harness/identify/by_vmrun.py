@@ -223,15 +223,22 @@ def msrpm_without_memory(kvm: Kvm) -> Findings:
 
 @experiment("stgi_without_svme")
 def stgi(kvm: Kvm) -> Findings:
-    """Execute STGI while EFER.SVME is 0."""
+    """Execute STGI while EFER.SVME is 0; and again after KVM_SET_NESTED_STATE has set GIF."""
     knob, vgif = "stgi_without_svme", HostView().param("kvm_amd", "vgif")
     if vgif not in _ON:
         yield unseen(knob, f"kvm_amd has vgif={vgif}, and intercepts STGI for that")
         return
     with Lab(kvm, svme=False) as lab:
-        seen = lab.execute(_STGI)
-    answers = {IN_L1: "executes", "#UD": "#UD"}
-    yield either(knob, seen, answers, f"STGI with EFER.SVME=0 (vgif={vgif})")
+        first = lab.execute(_STGI)
+        lab.try_set_nested(GIF_SET)
+        then = lab.execute(_STGI)
+    answers = {
+        f"{IN_L1}, then {IN_L1}": "executes",
+        f"#UD, then {IN_L1}": "#UD once",
+        "#UD, then #UD": "#UD",
+    }
+    done = f"STGI with EFER.SVME=0 (vgif={vgif}), and after KVM_SET_NESTED_STATE of GIF"
+    yield either(knob, f"{first}, then {then}", answers, done)
 
 
 @experiment("vmmcall_in_l2")

@@ -8,7 +8,7 @@ NEWEST_HEADERS = $$($(BIN)/python -c 'from harness.host.userland import headers;
 	2>/dev/null || echo /usr/include)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test bench lint abi clean
+.PHONY: help setup run test nightly bench lint abi clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -26,7 +26,10 @@ test: lint ## check the style and types, then run every test that this machine c
 	@NSVM_KERNEL_HEADERS="$${NSVM_KERNEL_HEADERS:-$(NEWEST_HEADERS)}" \
 		$(BIN)/python -m pytest -q -m "not emulated"
 	@echo "== pytest: what boots an emulated host"
-	@$(BIN)/python -m pytest -q -m emulated
+	@$(BIN)/python -m pytest -q -m "emulated and not nightly"
+
+nightly: setup ## run the tests that take minutes each
+	@$(BIN)/python -m pytest -q -m nightly
 
 bench: setup ## measure what the harness itself costs
 	@$(BIN)/nsvm bench

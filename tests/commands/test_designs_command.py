@@ -43,6 +43,7 @@ def test_behaviour_that_is_not_todays_is_told_in_words():
     assert "None of the knobs" in document(same)
 
 
+@pytest.mark.nightly
 @pytest.mark.emulated
 def test_the_designs_differ_in_memory_as_the_series_say(tmp_path):
     file = tmp_path / "designs.json"

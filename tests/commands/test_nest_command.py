@@ -31,6 +31,7 @@ def test_linux_works_at_every_level_and_leaves_its_consoles(tmp_path):
     assert "PCI: Fatal" in (consoles / "L1-console.log").read_text()
 
 
+@pytest.mark.nightly
 @pytest.mark.emulated
 def test_a_panic_is_a_fail_that_names_its_level():
     done = nsvm("nest", "--kernel", "6.1", "--append", "rdinit=/none init=/none", "--json", "-")
@@ -43,6 +44,7 @@ def test_a_panic_is_a_fail_that_names_its_level():
     assert "Kernel panic" in report["lost"]["console"]
 
 
+@pytest.mark.nightly
 @pytest.mark.emulated
 def test_a_level_that_stops_is_an_error_that_names_it():
     # Its agent talks where nobody listens.

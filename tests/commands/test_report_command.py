@@ -140,6 +140,7 @@ def test_kernels_that_there_are_not(good, bad, says):
         between(good, bad, OFFERS)
 
 
+@pytest.mark.nightly
 @pytest.mark.emulated
 def test_a_bisection_finds_the_kernel_that_mended_a_case(tmp_path):
     case = "svme_cleared_leaves_gif[gif=False]"

@@ -109,6 +109,7 @@ def test_each_can_be_shown(name):
     assert load()[name].claim in done.output
 
 
+@pytest.mark.nightly
 @pytest.mark.emulated
 def test_a_bug_that_a_variant_puts_back_is_red(tmp_path):
     name = "hsave-not-set-before-vmrun"

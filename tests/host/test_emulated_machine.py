@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.host import bundle, emulated
+from harness.host import bundle, emulated, initrd_build
 from harness.host.bundle import carried_sources, tree_root
 from harness.host.emulated import EmulatedHost
 
@@ -89,7 +89,7 @@ def test_what_went_into_a_state_decides_whether_it_is_taken(
     assert marked != agent
     (sources / "agent.py").write_text(marked)
     with monkeypatch.context() as patch:
-        patch.setattr(emulated, "__file__", str(sources / "emulated.py"))
+        patch.setattr(initrd_build, "SOURCES", sources)
         with started(kernel) as (host, session):
             assert not host.started_warm
             assert session.hello()["marked"]

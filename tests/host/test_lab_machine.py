@@ -25,12 +25,12 @@ def parameter(name):
 @scenario()
 def test_before(context):
     """It passes."""
-    assert parameter("npt") == "Y"
+    assert parameter("npt") in ("Y", "1")
 
 @scenario(params={"npt": "0"})
 def test_without_npt(context):
     """It has kvm_amd with npt=0."""
-    assert parameter("npt") == "N"
+    assert parameter("npt") in ("N", "0")
 
 @scenario(params={"npt": "0"})
 def test_without_npt_fails(context):
@@ -50,7 +50,7 @@ def test_crashes_the_kernel(context):
 @scenario()
 def test_after(context):
     """It passes on the machine as it was booted again."""
-    assert parameter("npt") == "Y"
+    assert parameter("npt") in ("Y", "1")
 '''
 
 
@@ -88,16 +88,16 @@ def test_parameters_are_given_back_after_a_keeper_was_killed(machine):
     said = []
     with SshHost(machine.lab, {"npt": "0"}, said.append) as host:
         session = host.start()
-        assert parameter(machine) == "N"
+        assert parameter(machine) in ("N", "0")
         with connect(machine.lab, 30) as connection:
             keeper = json.loads(connection.run("cat", machine.lab.lock))["pid"]
             connection.run("kill", "-9", str(keeper))
         with pytest.raises(HostLost):
             session.call("harness.inside:ping", timeout_s=30)
-    assert parameter(machine) == "N"
+    assert parameter(machine) in ("N", "0")
     with SshHost(machine.lab, None, said.append) as host:
         host.start()
-        assert parameter(machine) == "Y"
+        assert parameter(machine) in ("Y", "1")
     assert any("cleaned up after" in text for text in said)
 
 
@@ -107,7 +107,7 @@ def test_a_parameter_that_the_machine_does_not_take_is_given_back(machine):
         pytest.raises(HostError, match=r"kvm_amd.vls is \S+, not 1: refused by kernel or CPU"),
     ):
         host.start()
-    assert parameter(machine) == "Y"
+    assert parameter(machine) in ("Y", "1")
 
 
 def test_a_host_that_panics_in_the_middle_is_red_and_the_run_goes_on(machine, lab):
@@ -125,5 +125,5 @@ def test_a_host_that_panics_in_the_middle_is_red_and_the_run_goes_on(machine, la
     assert "the host went down and was booted again" in run.ends()["crashes_the_kernel"]["reason"]
     noted = [e["case"] for e in run.events() if e["event"] == "emit"]
     assert "crashes_the_kernel" in noted
-    assert parameter(machine) == "Y"
+    assert parameter(machine) in ("Y", "1")
     assert [Path(name).suffix for name in files(machine)] == [".pyz"]

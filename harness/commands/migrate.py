@@ -10,22 +10,19 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from harness.commands.options import host_choice, host_options, require_writable, write_json
-from harness.host.session import CallResult, Event
+from harness.commands.storms import log, storm
 from harness.network.shape import LinkShape
 from harness.network.wire import best_shaper
-from harness.probe.kmsg import splats
 from harness.report.verdict import Verdict, exit_status
 from harness.runner import matrix as kernels_matrix
 from harness.runner.hosts import make_host
 from harness.storm.places import PLACES
 
+_TARGET = "harness.storm.calls:storm"
 _PER_MOVE_S = 30.0
-_TOLD_EVERY = 100
-"""Moves, where nobody sees a bar grow."""
 _MARKS = {"works": "works", "refused": "refused", "differs": "DIFFERS", "no twin": "no twin"}
 
 
@@ -76,9 +73,9 @@ def command(
         show = _print_matrix
     elif moves is not None:
         choice = host_choice(host, kernel, modules)
-        with make_host(choice, log=_log) as where:
-            options = {"levels": levels, "npt": not shadow, "tracking": tracking, "seed": seed}
-            report = _storm(where, moves, options)
+        options = {"levels": levels, "npt": not shadow, "tracking": tracking, "seed": seed}
+        with make_host(choice, log=log) as where:
+            report = storm(where, _TARGET, moves, "moves", "moved", _PER_MOVE_S, **options)
         verdict = Verdict(report["verdict"])
         show = _print_storm
     else:
@@ -90,43 +87,7 @@ def command(
     sys.exit(exit_status([verdict]))
 
 
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
-
-
 # Storms
-
-
-def _storm(where: Any, moves: int, options: dict[str, Any]) -> dict[str, Any]:
-    session = where.start()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("moves", total=moves)
-
-        def on_event(event: Event) -> None:
-            if event["event"] == "emit" and event["kind"] == "moved":
-                number = event["data"]["number"]
-                progress.update(task, completed=number)
-                if not progress.console.is_terminal and number % _TOLD_EVERY == 0:
-                    _log(f"{number} of {moves} moves")
-
-        result = session.call(
-            "harness.storm.calls:storm",
-            timeout_s=120 + _PER_MOVE_S * moves,
-            on_event=on_event,
-            moves=moves,
-            **options,
-        )
-    return {"host": where.describe(), **_outcome(result)}
-
-
-def _outcome(result: CallResult) -> dict[str, Any]:
-    said = splats(event["text"] for event in result.kmsg)
-    if result.outcome == "raise" and "ScenarioFailure" in result.error.get("bases", ()):
-        return {"verdict": "FAIL", "why": result.error["message"], "kernel_log": said}
-    report: dict[str, Any] = result.unwrap("the storm")
-    failed = report["divergences"] or said
-    return {"verdict": "FAIL" if failed else "PASS", **report, "kernel_log": said}
 
 
 def _print_storm(report: dict[str, Any]) -> None:
@@ -165,7 +126,7 @@ def _matrix(specs: str, places: str | None, live: bool, link: LinkShape | None) 
     wanted = _chosen(places)
     how = None if link is None else {"shape": str(link), "shaper": best_shaper().value}
     started = time.monotonic()
-    with kernels_matrix.Kernels([spec.strip() for spec in specs.split(",")], _log) as kernels:
+    with kernels_matrix.Kernels([spec.strip() for spec in specs.split(",")], log) as kernels:
         rows = kernels_matrix.by_file(kernels, wanted, _tell)
         if live:
             rows += kernels_matrix.live(kernels, wanted, _tell, link)
@@ -189,7 +150,7 @@ def _chosen(places: str | None) -> list[str]:
 
 def _tell(row: kernels_matrix.Row) -> None:
     if row["verdict"] != "works":
-        _log(_said(row))
+        log(_said(row))
 
 
 def _matrix_verdict(rows: Sequence[kernels_matrix.Row]) -> Verdict:

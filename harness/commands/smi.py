@@ -8,18 +8,15 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from harness.commands.options import host_choice, host_options, require_writable, write_json
-from harness.host.session import CallResult, Event
-from harness.probe.kmsg import splats
+from harness.commands.storms import log, storm
 from harness.report.verdict import Verdict, exit_status
 from harness.runner.hosts import make_host
 
+_TARGET = "harness.storm.calls:storm_of_smis"
 _PER_SMI_S = 5.0
-_TOLD_EVERY = 100
-"""SMIs, where nobody sees a bar grow."""
 
 
 @click.command("smi")
@@ -52,49 +49,13 @@ def command(
     if smis is None:
         raise click.UsageError("--storm N, please")
     options = {"levels": levels, "npt": not shadow, "save_area": save_area, "seed": seed}
-    with make_host(host_choice(host, kernel, modules), log=_log) as where:
-        report = _storm(where, smis, options)
+    with make_host(host_choice(host, kernel, modules), log=log) as where:
+        report = storm(where, _TARGET, smis, "SMIs", "smi", _PER_SMI_S, **options)
     if json_file is not None:
         write_json(json_file, report)
     if json_file is None or str(json_file) != "-":
         _print(report)
     sys.exit(exit_status([Verdict(report["verdict"])]))
-
-
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
-
-
-def _storm(where: Any, smis: int, options: dict[str, Any]) -> dict[str, Any]:
-    session = where.start()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("SMIs", total=smis)
-
-        def on_event(event: Event) -> None:
-            if event["event"] == "emit" and event["kind"] == "smi":
-                number = event["data"]["number"]
-                progress.update(task, completed=number)
-                if not progress.console.is_terminal and number % _TOLD_EVERY == 0:
-                    _log(f"{number} of {smis} SMIs")
-
-        result = session.call(
-            "harness.storm.calls:storm_of_smis",
-            timeout_s=120 + _PER_SMI_S * smis,
-            on_event=on_event,
-            smis=smis,
-            **options,
-        )
-    return {"host": where.describe(), **_outcome(result)}
-
-
-def _outcome(result: CallResult) -> dict[str, Any]:
-    said = splats(event["text"] for event in result.kmsg)
-    if result.outcome == "raise" and "ScenarioFailure" in result.error.get("bases", ()):
-        return {"verdict": "FAIL", "why": result.error["message"], "kernel_log": said}
-    report: dict[str, Any] = result.unwrap("the storm")
-    failed = report["divergences"] or report["implausible_save_areas"] or said
-    return {"verdict": "FAIL" if failed else "PASS", **report, "kernel_log": said}
 
 
 def _print(report: dict[str, Any]) -> None:

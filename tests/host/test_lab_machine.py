@@ -74,7 +74,7 @@ def parameter(machine, name="npt"):
 
 def files(machine):
     with connect(machine.lab, 30) as connection:
-        return connection.run("find", "/root/.nsvm", "-type", "f").split()
+        return connection.run("find", ".nsvm", "-type", "f").split()
 
 
 def test_nested_memory_is_measured_there(machine, lab):

@@ -6,7 +6,6 @@ beside them byte code of this Python, which another one passes over.
 
 from __future__ import annotations
 
-import hashlib
 import py_compile
 import shutil
 import sys
@@ -15,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import guest_images
-from harness.host.bundle import Bundle, carried_sources, tree_root
+from harness.host.bundle import Bundle, carried_sources, content_name, tree_root
 from harness.host.cache import build_file, cache_dir
 
 #: What runs on a lab machine beside what runs in every host.
@@ -89,12 +88,7 @@ def build_artefact() -> Bundle:
     root = tree_root()
     sources = sorted({*carried_sources(root), *map(Path, MORE)})
     images = guest_images.build_all()
-    digest = hashlib.sha256(_MAIN.encode() + sys.version.encode())
-    for source in sources:
-        digest.update(str(source).encode() + b"\0" + (root / source).read_bytes())
-    for name, image in sorted(images.items()):
-        digest.update(name.encode() + b"\0" + image.read_bytes())
-    name = digest.hexdigest()[:16]
+    name = content_name(_MAIN + sys.version, sources, images)
 
     def write(archive: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="nsvm-artefact-") as scratch:

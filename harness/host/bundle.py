@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -94,6 +95,17 @@ def carried_sources(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def content_name(seed: str, sources: Iterable[Path], images: Mapping[str, Path]) -> str:
+    """Return a name that changes with `seed`, and with these sources and guest images."""
+    root = tree_root()
+    digest = hashlib.sha256(seed.encode())
+    for source in sources:
+        digest.update(str(source).encode() + b"\0" + (root / source).read_bytes())
+    for name, image in sorted(images.items()):
+        digest.update(name.encode() + b"\0" + image.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def build_images() -> Path:
     """Return the directory that holds all guest images, built if need be."""
     return next(iter(guest_images.build_all().values())).parent
@@ -104,12 +116,7 @@ def build_bundle(userland: Path) -> Bundle:
     root = tree_root()
     sources = carried_sources(root)
     images = guest_images.build_all()
-    digest = hashlib.sha256(str(userland).encode())
-    for source in sources:
-        digest.update(str(source).encode() + b"\0" + (root / source).read_bytes())
-    for name, image in sorted(images.items()):
-        digest.update(name.encode() + b"\0" + image.read_bytes())
-    name = digest.hexdigest()[:16]
+    name = content_name(str(userland), sources, images)
 
     def write(archive: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="nsvm-bundle-") as scratch:

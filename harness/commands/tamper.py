@@ -24,6 +24,8 @@ from harness.host.session import CallResult, Event, Host
 from harness.model.facts import CpuFacts
 from harness.report.verdict import Verdict, exit_status
 from harness.runner.hosts import make_host
+from harness.runner.known_issues import KnownIssue, find
+from harness.runner.known_issues import load as load_known_issues
 from harness.tamper.across import Difference, compare
 from harness.tamper.cells import Cell
 from harness.tamper.rows import Row, lost
@@ -56,8 +58,8 @@ def command(
     Each cell has a VM of its own, and is compared with what the model of this kernel says. With
     --kernels, what differs between them is told too, with the knob that explains it.
 
-    Exit status: 0 every cell is as the model says, 1 one is not, or the kernel's log complains; 2 a
-    host broke that no cell is to blame for.
+    Exit status: 0 every cell is as the model says or has a known issue, 1 one is not, or the
+    kernel's log complains; 2 a host broke that no cell is to blame for.
     """
     require_writable(json_file)
     if kernels and kernel:
@@ -112,9 +114,18 @@ class Tried:
         return [row for row in self.rows.values() if row.differs]
 
     @property
+    def issues(self) -> dict[str, KnownIssue]:
+        """The known issues of differing rows, by the rows' names."""
+        issues = load_known_issues()
+        ids = {row.name: f"nsvm tamper: {row.name}" for row in self.differing}
+        found = {name: find(issues, id_, self.release, self.host.kind) for name, id_ in ids.items()}
+        return {name: issue for name, issue in found.items() if issue is not None}
+
+    @property
     def verdict(self) -> Verdict:
-        """FAIL for any difference."""
-        return Verdict.FAIL if self.differing else Verdict.PASS
+        """FAIL for any difference that is no known issue."""
+        known = self.issues
+        return Verdict.FAIL if any(r.name not in known for r in self.differing) else Verdict.PASS
 
     def run(self) -> None:
         """Run all cells; one that takes the host with it is noted, and the next ones are run."""
@@ -192,6 +203,7 @@ def _plain(tried: Sequence[Tried], across: Across) -> dict[str, Any]:
                 "cpu": vars(each.facts),
                 "verdict": each.verdict.value,
                 "seconds": round(each.seconds, 1),
+                "known": {name: issue.id for name, issue in each.issues.items()},
                 "rows": [row.to_json() for row in each.rows.values()],
             }
             for each in tried
@@ -217,14 +229,20 @@ def _print_one(console: Console, tried: Tried) -> None:
     console.print(f"host       {host['kind']}: {host['silicon']}")
     console.print(f"model      {tried.setting}")
     console.print(_table(list(tried.rows.values())))
-    for row in tried.differing[:_SHOWN]:
+    known = tried.issues
+    unknown = [row for row in tried.differing if row.name not in known]
+    for row in unknown[:_SHOWN]:
         console.print(f"DIFFERS    {row.name}: {row.outcome}, not {row.predicted}", markup=False)
         for how in row.how():
             console.print(f"           {how}", markup=False)
-    if (more := len(tried.differing) - _SHOWN) > 0:
+    if (more := len(unknown) - _SHOWN) > 0:
         console.print(f"           and {more} more")
-    count = len(tried.differing)
-    console.print(f"cells      {len(tried.rows)}, {count} differ, {tried.seconds:.0f} s")
+    for name, issue in known.items():
+        console.print(f"known      {name}: {issue.id}", markup=False)
+    for issue in {issue.id: issue for issue in known.values()}.values():
+        console.print(f"           {issue.id}: {issue.behaviour}", markup=False)
+    counts = f"{len(tried.rows)}, {len(unknown)} differ, {len(known)} known"
+    console.print(f"cells      {counts}, {tried.seconds:.0f} s")
     console.print(f"verdict    {tried.verdict.value}")
 
 

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from harness.model import layout
-from harness.model.operations import Operation, SetNestedState, SetSlot
+from harness.model.operations import (
+    Execute,
+    Instruction,
+    Operation,
+    SetNestedState,
+    SetSlot,
+    StepRsm,
+)
 
 _MAPPED: Final = (layout.VMCB_A_GPA, layout.VMCB_B_GPA)
 
@@ -32,6 +39,11 @@ def _takes_vmcb12_away(operation: Operation) -> bool:
     return isinstance(operation, SetNestedState) and operation.vmcb_pa not in _MAPPED
 
 
+def _executes_rsm(operation: Operation) -> bool:
+    rsm = isinstance(operation, Execute) and operation.instruction is Instruction.RSM
+    return rsm or isinstance(operation, StepRsm)
+
+
 COMPLAINTS: Final = (
     Complaint(
         "warn-vmcb12-away-at-smi",
@@ -40,6 +52,14 @@ COMPLAINTS: Final = (
         "kvm_check_and_inject_events(), nested_svm_vmexit() (6.12): exception.pending",
         r"WARNING: .* kvm_check_and_inject_events\+",
         _takes_vmcb12_away,
+    ),
+    Complaint(
+        "warn-failed-rsm-ends-l2",
+        "WARN when RSM has entered L2 and then fails, and L1 intercepts the shutdown",
+        "svm_leave_smm() sets nested_run_pending, emulator_leave_smm() asks for a triple fault,"
+        " nested_svm_vmexit() warns of a #VMEXIT before the entry",
+        r"WARNING: .* nested_svm_vmexit\+",
+        _executes_rsm,
     ),
 )
 """All that are known."""

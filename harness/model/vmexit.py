@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Final
 
 from harness.model.areas import CR, DR, DT, SEG, VMCB, VMRUN_STATE
-from harness.model.crs import load_cr0
+from harness.model.crs import is_legal_cr3, load_cr0
 from harness.model.errors import CannotKnow
 from harness.model.memory import UNKNOWN
 from harness.model.state import State
@@ -75,6 +75,12 @@ def _restore_l1(s: State) -> None:
         raise CannotKnow("L1's state has EFER.SVME clear: nested state goes under KVM's feet")
     if Efer(s.l1["efer"]).LMA and not Cr4(s.l1["cr4"]).PAE:
         raise CannotKnow("L1's state has EFER.LMA without CR4.PAE: KVM's MMU has no such mode")
+    cr3 = s.l1["cr3"]
+    if cr3 != UNKNOWN and not is_legal_cr3(cr3, s.facts):
+        if s.knobs.l1_state != "vmcb01":
+            raise CannotKnow("L1's state has an illegal CR3")
+        # nested_svm_load_cr3() loads nothing: L2's stays until the shutdown comes.
+        cr3, s.triple_fault = s.regs["cr3"], True
     s.keep_vmcb02()
     s.guest_mode = s.run_pending = s.pages_pending = False
     s.shadow_by_rsm = None
@@ -82,6 +88,7 @@ def _restore_l1(s: State) -> None:
     s.gif = False
     s.control["nested_cr3"] = 0
     s.regs |= {name: s.l1[name] for name in VMRUN_STATE if name != "cr0"}
+    s.regs["cr3"] = cr3
     load_cr0(s, s.l1["cr0"] | Cr0.PE.mask)
     # The hsave page's design clears the one VMCB's, and not what KVM remembers of it.
     s.regs["dr7"] = 0

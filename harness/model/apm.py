@@ -72,6 +72,9 @@ ANSWERS: Final[Mapping[str, Answer]] = {
         "intercept", "APM vol. 2, 15.14.3 Shutdown Intercept",
         "a shutdown that is intercepted is #VMEXIT",
     ),
+    "intercepted_smi_without_gif": _is(
+        "held", _GIF, "with GIF=0 an SMI is held pending"
+    ),
     "checks_cr0_high": _is(True, _VMRUN, "CR0[63:32] not 0 is refused"),
     "checks_cs_l_d": _is(True, _VMRUN, "CS.L and CS.D in long mode are refused"),
     "checks_efer_bits": _is(True, _VMRUN, "an MBZ bit of EFER is refused"),

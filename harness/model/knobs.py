@@ -212,6 +212,12 @@ class Knobs:
         userspace="is KVM_EXIT_SHUTDOWN whatever L1 intercepts",
         intercept="is #VMEXIT SHUTDOWN if L1 intercepts that",
     )
+    intercepted_smi_without_gif: Literal["endless", "held"] = _knob(
+        "an SMI that L1 intercepts comes while L2 has GIF=0",
+        "svm_smi_allowed()",
+        endless="KVM_RUN enters L2 and leaves it at once, for ever",
+        held="L2 goes on, the SMI waits for GIF",
+    )
 
     # The checks of vmcb12
 
@@ -485,6 +491,7 @@ _V5_10: Final = Knobs(
     pause_filter_after_exit="written",
     vmexit_unmappable="stays in L2",
     triple_fault_in_l2="userspace",
+    intercepted_smi_without_gif="endless",
     checks_cr0_high=False,
     checks_cs_l_d=False,
     checks_efer_bits=False,
@@ -546,6 +553,7 @@ _V6_1: Final = _V5_10.but(
     vmrun_drops_l1_events=False,
     pause_filter_after_exit="kept",
     triple_fault_in_l2="intercept",
+    intercepted_smi_without_gif="held",
     checks_cr0_high=True,
     checks_cs_l_d=True,
     checks_efer_bits=True,

@@ -79,10 +79,23 @@ def _before_entry(s: State) -> str | None:
             return "run: EIO"
         if s.triple_fault:
             return _triple_fault(s)
+    if _waits_for_an_smi_for_ever(s):
+        s.over = "it hangs"
+        return "hang"
     if not s.guest_mode and cpu_violations({}, s.regs, s.facts, s.facts.silicon):
         # KVM_SET_SREGS has taken what the CPU does not.
         return "fail entry"
     return None
+
+
+def _waits_for_an_smi_for_ever(s: State) -> bool:
+    return (
+        s.knobs.intercepted_smi_without_gif == "endless"
+        and s.guest_mode
+        and s.smi_pending
+        and not s.gif
+        and s.l1_intercepts(Intercept.INTERCEPT_SMI)
+    )
 
 
 def _choose_stgi_intercept(s: State) -> None:

@@ -199,6 +199,13 @@ WITNESSES = {
     "rsm_reads_control": one(
         *l2(), *SMI_IN_L2, WriteVmcb("a", {"control.tsc_offset": 0x1234}), do("RSM")
     ),
+    "intercepted_smi_without_gif": one(
+        EFER_ON,
+        do("CLGI"),
+        Smi(),
+        SetNestedState(GM, vmcb_pa=A, changes=intercepting(Intercept.INTERCEPT_SMI)),
+        do("NOP"),
+    ),
     "rsm_cr_high": one(*SMI_IN_L2, WriteSaveArea({"cr0": layout.CR0_ON | 1 << 40}), do("RSM")),
     "rsm_rflags": one(*SMI_IN_L1, WriteSaveArea({"rflags": 1 << 40}), StepRsm()),
     "rsm_limits": one(*SMI_IN_L1, WriteSaveArea({"ds.limit": 0x7FFF_FFFF}), StepRsm()),

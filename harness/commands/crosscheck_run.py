@@ -46,6 +46,8 @@ class Plan:
     focus: str | None
     setting: Setting
     memory: bool = False
+    enough: int = 0
+    """Findings, after which the run ends; 0: at the last step only."""
 
 
 @dataclass
@@ -125,7 +127,7 @@ class CrosscheckRun:
     def go(self, session: Session) -> Report:
         """Run all of it; return the report, whatever happens."""
         started = time.monotonic()
-        while self.report.steps < self._plan.steps and self.report.hosts_lost < _MOST_LOST:
+        while not self._ends():
             try:
                 usable = self._call(session)
             except HostLost as e:
@@ -135,6 +137,11 @@ class CrosscheckRun:
                 session = self._host.start()
         self.report.seconds = time.monotonic() - started
         return self.report
+
+    def _ends(self) -> bool:
+        report, plan = self.report, self._plan
+        found = bool(plan.enough) and len(report.bundles) >= plan.enough
+        return found or report.steps >= plan.steps or report.hosts_lost >= _MOST_LOST
 
     def _call(self, session: Session) -> bool:
         """Run a slice; return whether the session is of further use."""
@@ -152,6 +159,7 @@ class CrosscheckRun:
             turned=dict(plan.setting.turned),
             memory=plan.memory,
             told=sorted(self._signatures),
+            enough=max(0, plan.enough - len(self.report.bundles)),
         )
         if result.outcome == "return":
             self.report.asked.update(result.value["asked"])

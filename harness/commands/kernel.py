@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.host.debian_kernels import fetch_kernel
-from harness.host.kernel_build import build, find_variant, variants
+from harness.host.kernel_build import build, find_variant, series_of, variants
 from harness.host.kernels import list_kernels, resolve
 from harness.runner.hosts import DEFAULT_KERNEL
 
@@ -44,10 +44,13 @@ def fetch_command(spec: str) -> None:
 @command.command("variants")
 @click.option("--from", "series", default=DEFAULT_KERNEL, show_default=True, metavar="SERIES")
 def variants_command(series: str) -> None:
-    """List the variants of KVM that can be built for a series of kernels."""
+    """List the variants of KVM that can be built for a series of kernels.
+
+    Each with all series that it can be built for.
+    """
     found = variants(series)
     for name, variant in found.items():
-        click.echo(f"{name:<36}{variant.summary}")
+        click.echo(f"{name:<36}{', '.join(series_of(name)):<17}{variant.summary}")
     if not found:
         click.echo(f"none for {series}; a FILE.patch of your own can be built")
 

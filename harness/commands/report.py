@@ -10,6 +10,8 @@ import click
 
 from harness.commands.options import require_writable, write_json
 from harness.errors import HostError
+from harness.report.bugs import Bugs
+from harness.report.bugs import load as load_bugs
 from harness.report.history import Line, lines_of
 from harness.report.kcidb import to_kcidb
 from harness.report.store import FILE, Store, StoreError
@@ -41,6 +43,8 @@ _MAX_AGE_HOURS = 36.0
 @click.option("--max-age", type=float, metavar="HOURS",
               help=f"A line without a run for so long is red. Default: {_MAX_AGE_HOURS:.0f} for a"
               " store, none for RESULTS alone.")  # fmt: skip
+@click.option("--mutants", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="With -o: the score in this file of `nsvm mutants --json`, too.")  # fmt: skip
 @click.option("--check", is_flag=True, help="Exit status 1 if any line is red.")
 def command(
     results: tuple[Path, ...],
@@ -50,6 +54,7 @@ def command(
     kcidb: Path | None,
     origin: str,
     max_age: float | None,
+    mutants: Path | None,
     check: bool,
 ) -> None:
     """Say what hosts, kernels and scenarios do, and what changed since the run before.
@@ -67,6 +72,7 @@ def command(
         raise click.UsageError("nothing to make: -o FILE, --text, --kcidb FILE or --check")
     require_writable(output)
     require_writable(kcidb)
+    bugs = load_bugs(mutants) if mutants else None
     if max_age is None and store is not None:
         max_age = _MAX_AGE_HOURS
     max_age_s = None if max_age is None else max_age * 3600
@@ -77,7 +83,7 @@ def command(
         if not lines:
             raise HostError(f"{opened}: no run in it")
         if output:
-            _write_page(output, opened, lines, max_age_s)
+            _write_page(output, opened, lines, max_age_s, bugs)
         if text:
             click.echo(level_of_testing(lines, max_age_s), nl=False)
         if kcidb:
@@ -99,11 +105,13 @@ def _open(path: Path | None, results: tuple[Path, ...]) -> Store:
         return store
 
 
-def _write_page(output: Path, store: Store, lines: list[Line], max_age_s: float | None) -> None:
+def _write_page(
+    output: Path, store: Store, lines: list[Line], max_age_s: float | None, bugs: Bugs | None
+) -> None:
     # Only a page needs the template engine.
     from harness.report.page import render
 
-    page = render(store, lines, load_known_issues(), max_age_s=max_age_s)
+    page = render(store, lines, load_known_issues(), max_age_s=max_age_s, bugs=bugs)
     try:
         output.write_text(page, encoding="utf-8")
     except OSError as e:

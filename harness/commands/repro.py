@@ -21,7 +21,7 @@ from harness.repro.colour import Colour
 from harness.repro.evidence import Evidence, Seen
 from harness.repro.run import Bench, Ran
 from harness.repro.table import Reproducer, choose, load
-from harness.runner.hosts import HostChoice, HostPool
+from harness.runner.hosts import HostChoice, HostPool, make_host
 from harness.runner.lab import Lab
 from harness.runner.run import new_directory
 from harness.scenarios.case import Case, cases_of
@@ -117,10 +117,17 @@ def run_command(
         ResultsFile((results or new_directory()) / "results.jsonl") as file,
         HostPool(choice, fresh=not shared, log=_log) as pool,
     ):
-        bench = Bench(pool, Lab(file, timeout_s), _cases(), choice.resolved(), unsafe=unsafe)
+        bench = Bench(
+            pool,
+            Lab(file, timeout_s),
+            _cases(),
+            choice.resolved(),
+            make=lambda cpus: make_host(choice, log=_log, cpus=cpus),
+            unsafe=unsafe,
+        )
         console = _console()
         ran = [_told(console, bench.run(one)) for one in chosen]
-        described = _described(pool)
+        described = _described(pool) or bench.described
         _log(f"results in {file.path.parent}")
     where = _kernel_name(described, choice)
     if record:

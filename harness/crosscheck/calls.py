@@ -33,17 +33,21 @@ def crosscheck(
     turned: Mapping[str, str],
     memory: bool,
     told: Sequence[str] = (),
+    enough: int = 0,
 ) -> dict[str, Any]:
     """Run sequences until so many steps are done; events tell of each one as it comes.
+
+    With `enough` it ends after as many findings.
 
     `begins` (number) goes out before a sequence: if the host dies, that was the one. `checked`
     tells what it did, `finding` what was not as the model said; `again` that it is one of those
     whose signatures were `told` before.
     """
     done, number, known = 0, first, set(told)
+    most = len(known) + enough if enough else None
     with _campaign(setting, turned, memory) as campaign:
         for number in count(first):
-            if done >= steps:
+            if done >= steps or len(known) == most:
                 break
             operations = sequence(seed, number, focus)
             emit("begins", number=number)

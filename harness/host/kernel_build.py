@@ -15,26 +15,30 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.host.apt import run
 from harness.host.archive import Archive, unpack
 from harness.host.cache import build_dir, cache_dir
-from harness.host.compiler import Compiler, first_error
+from harness.host.compiler import Compiler, CompilerError, first_error
 from harness.host.debian_kernels import KernelOffer
+from harness.host.kbuild_tools import make_tools_run
 from harness.host.kernel_image import KernelError
 
 log = logging.getLogger(__name__)
 
 VARIANTS = Path(__file__).with_name("variants")
-"""Our patches: by the series of kernels, then by name."""
+"""Our patches: by the series of kernels that they were made for, then by name."""
 
 _KVM = "arch/x86/kvm"
 _AMD = f"{_KVM}/svm/"
 _SOURCES = (_KVM, "virt/kvm")
 """What is taken of a kernel's source, and what a patch may touch."""
+
+#: Flags that a configuration asks for, by the symbol that says that the compiler knows them.
+_FLAGS = {"-fmin-function-alignment=16": "CONFIG_CC_HAS_MIN_FUNCTION_ALIGNMENT"}
 
 _TOOLS = ("make", "patch", "strip", "tar", "xz")
 _EXTRACT_TIMEOUT_S = 600.0
@@ -65,6 +69,12 @@ class Variant:
         return found[1] if found else ""
 
     @property
+    def also(self) -> tuple[str, ...]:
+        """Series of kernels that it applies to as it is, beside the one that it was made for."""
+        found = re.search(r"^Also: (.+)$", self._split[0], re.MULTILINE)
+        return tuple(re.split(r",\s*", found[1])) if found else ()
+
+    @property
     def patch(self) -> str:
         """The text without what stands before the patch itself."""
         return self._split[1]
@@ -86,9 +96,31 @@ class Variant:
 
 
 def variants(series: str) -> dict[str, Variant]:
-    """Return the variants that the harness has for a series, such as ``6.1``, by name."""
-    paths = sorted((VARIANTS / series).glob("*.patch"))
-    return {path.stem: Variant(path.stem, path.read_text(encoding="utf-8")) for path in paths}
+    """Return the variants that the harness has for a series, such as ``6.1``, by name.
+
+    Those made for it, and those of other series that apply to it, too.
+    """
+    found = {}
+    for made_for, variant in _all_variants():
+        if made_for == series or (series in variant.also and variant.name not in found):
+            found[variant.name] = variant
+    return dict(sorted(found.items()))
+
+
+def series_of(name: str) -> list[str]:
+    """Return the series that a variant of this name can be built for."""
+    found = {
+        series
+        for made_for, variant in _all_variants()
+        if variant.name == name
+        for series in (made_for, *variant.also)
+    }
+    return sorted(found, key=lambda series: [int(part) for part in series.split(".")])
+
+
+def _all_variants() -> Iterator[tuple[str, Variant]]:
+    for path in sorted(VARIANTS.glob("*/*.patch")):
+        yield path.parent.name, Variant(path.stem, path.read_text(encoding="utf-8"))
 
 
 def find_variant(series: str, name: str) -> Variant:
@@ -132,10 +164,13 @@ def build(offer: KernelOffer, variant: Variant, archive: Archive | None = None) 
     def fill(temporary: Path) -> None:
         _require_tools()
         packages = archive or Archive()
-        source, headers = _source(packages, offer), _headers(packages, offer)
+        source = kernel_source(packages, offer, "", _SOURCES)
+        headers = _headers(packages, offer)
         log.info("building %s for %s", variant.name, offer.release)
         scratch = temporary / "build"
-        built = _compile(_lay_out(scratch, source, headers, variant), offer, variant, compiler)
+        tree = _lay_out(scratch, source, headers, variant)
+        make_tools_run(scratch / "usr/lib", suites_of(offer)[0], packages)
+        built = _compile(tree, offer, variant, compiler)
         _link_tree(_modules_of(offer), built, temporary / offer.release)
         shutil.rmtree(scratch)
 
@@ -154,39 +189,51 @@ def _require_tools() -> None:
 # What a build is made of
 
 
-def _source(archive: Archive, offer: KernelOffer) -> Path:
-    """Return KVM's source, from the package of the kernel's own version."""
+def kernel_source(archive: Archive, offer: KernelOffer, label: str, parts: Sequence[str]) -> Path:
+    """Return a tree with some parts of the source package of the kernel's own version.
+
+    Args:
+        archive: where packages come from.
+        offer: the kernel.
+        label: names the tree in the cache; one label, the same parts.
+        parts: directories, from the top of the source.
+
+    Raises:
+        ArchiveError: the package is not to be had.
+        KernelError: it cannot be unpacked.
+    """
     name = f"linux-source-{offer.series}"
 
     def fill(temporary: Path) -> None:
-        deb = archive.fetch(name, offer.version, _suites(offer))
+        deb = archive.fetch(name, offer.version, suites_of(offer))
         unpacked = temporary / "deb"
         unpack(deb, unpacked)
         [tarball] = (unpacked / "usr/src").glob(f"{name}.tar.*")
-        members = [f"{name}/{part}" for part in _SOURCES]
+        members = [f"{name}/{part}" for part in parts]
         command = ["tar", "-xf", str(tarball), "-C", str(temporary), "--strip-components=1"]
         run([*command, *members], f"unpack {tarball.name}", _EXTRACT_TIMEOUT_S)
         shutil.rmtree(unpacked)
-        deb.unlink()  # 140 MB, of which two directories are kept
+        deb.unlink()  # 140 MB, of which a few directories are kept
 
-    return build_dir(cache_dir() / "kernel-source" / f"{name}_{offer.version}", fill)
+    return build_dir(cache_dir() / "kernel-source" / f"{name}_{offer.version}{label}", fill)
 
 
 def _headers(archive: Archive, offer: KernelOffer) -> Path:
     """Return a tree with linux-headers-RELEASE and the packages that it needs, as /usr is."""
 
     def fill(temporary: Path) -> None:
-        own = archive.fetch(f"linux-headers-{offer.release}", offer.version, _suites(offer))
+        own = archive.fetch(f"linux-headers-{offer.release}", offer.version, suites_of(offer))
         depends = run(["dpkg-deb", "-f", str(own), "Depends"], f"read {own.name}", 60.0)
         # The compiler package that it also names only depends on a compiler.
         names = re.findall(r"linux-(?:headers|kbuild)-[\w.+~-]+", depends)
-        for deb in (own, *archive.fetch_all(names, _suites(offer))):
+        for deb in (own, *archive.fetch_all(names, suites_of(offer))):
             unpack(deb, temporary)
 
     return build_dir(cache_dir() / "kernel-headers" / f"{offer.release}_{offer.version}", fill)
 
 
-def _suites(offer: KernelOffer) -> Sequence[str]:
+def suites_of(offer: KernelOffer) -> Sequence[str]:
+    """Return the suites of the archive that have a kernel's packages."""
     return tuple(dict.fromkeys(package.suite for package in offer.packages))
 
 
@@ -280,8 +327,12 @@ def _compile(tree: _Tree, offer: KernelOffer, variant: Variant, compiler: Compil
     """Return the modules, stripped."""
     jobs = len(os.sched_getaffinity(0))
     command = [
-        "nice", "make", f"-j{jobs}", "-C", str(tree.objects), "-f", str(tree.source / "Makefile"),
-        f"M={tree.kvm}", f"CC={compiler.path}", "modules",
+        "nice", "make", "--no-print-directory", f"-j{jobs}",
+        "-C", str(tree.objects), "-f", str(tree.source / "Makefile"),
+        f"M={tree.kvm}", f"KBUILD_OUTPUT={tree.objects}", f"CC={compiler.path}",
+        *_without_unknown_flags(compiler),
+        # Modules load without BTF, and making it takes pahole.
+        "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules",
     ]  # fmt: skip
     done = _run(command, _BUILD_TIMEOUT_S)
     built = sorted(tree.kvm.glob("kvm*.ko"))
@@ -295,6 +346,17 @@ def _compile(tree: _Tree, offer: KernelOffer, variant: Variant, compiler: Compil
     for module in built:
         run(["strip", "--strip-debug", str(module)], f"strip {module.name}", 60.0)
     return built
+
+
+def _without_unknown_flags(compiler: Compiler) -> list[str]:
+    """Return what make is told of flags that the packages' compiler had and this one lacks."""
+    told = []
+    for flag, symbol in _FLAGS.items():
+        try:
+            compiler.run([flag, "-E", "-x", "c", os.devnull], Path.cwd(), flag)
+        except CompilerError:
+            told.append(f"{symbol}=")
+    return told
 
 
 def _run(

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from harness.report.bugs import Bugs
 from harness.report.history import Change, Kind, Line, expectation
 from harness.report.page_environment import environment_of
 from harness.report.plot import Series, colour, plot, point
@@ -48,8 +49,9 @@ def render(
     issues: Sequence[KnownIssue] = (),
     *,
     max_age_s: float | None = None,
+    bugs: Bugs | None = None,
 ) -> str:
-    """Return the page, of one line at least."""
+    """Return the page, of one line at least; `bugs` are those that were put back into a kernel."""
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined
     )
@@ -75,6 +77,7 @@ def render(
         matrix=list(_matrix(lines)),
         plots=list(_plots(lines)),
         known=list(_known(lines, issues)),
+        bugs=bugs,
     )
 
 

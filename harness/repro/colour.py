@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
 from harness.identify.finding import Finding
 from harness.report.verdict import Outcome, Verdict
+from harness.repro.races import race_name
 from harness.repro.table import Reproducer
 
 #: What of a FAIL tells of the kernel; a traceback has lines of the scenario's source in it.
@@ -73,6 +74,18 @@ def of_findings(one: Reproducer, findings: Sequence[Finding]) -> Sight:
     value = found.to_plain()["value"]
     colour = Colour.RED if value in one.bad else Colour.GREEN
     return Sight(what, colour, _first(f"{value}: {found.evidence}"))
+
+
+def of_race(row: Mapping[str, Any]) -> Sight:
+    """Return what a race for a field, as `harness.race.race.Tally` tells it, says of a bug."""
+    what = race_name(row["field"])
+    if row["unchecked"]:
+        return Sight(what, Colour.OTHER, _first(f"not checked at all: {row['unchecked']}"))
+    counted = f"{row['attempts']} attempts, {row['hits']} hits"
+    first = row["first_evidence"]
+    if not first:
+        return Sight(what, Colour.GREEN, counted)
+    return Sight(what, Colour.RED, _first(f"{counted}\n{first['proof']}"))
 
 
 def whole(sights: Sequence[Sight]) -> Colour:

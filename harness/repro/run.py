@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from harness.errors import HostLost, NsvmError
+from harness.host.session import Host, Session
 from harness.identify.finding import Finding, unseen
 from harness.report.verdict import Outcome
-from harness.repro.colour import Colour, Sight, of_findings, of_outcome, whole
+from harness.repro.colour import Colour, Sight, of_findings, of_outcome, of_race, whole
+from harness.repro.races import CPUS, race_for, race_name
 from harness.repro.table import Reproducer, ReproError
 from harness.runner.hosts import HostPool
 from harness.runner.lab import Lab
@@ -17,6 +20,9 @@ from harness.scenarios.case import Case
 
 _EXPERIMENT_TIMEOUT_S = 180.0
 """For one experiment and the call around it; it has a deadline of its own, which is shorter."""
+
+_RACE_S = 15.0
+"""For the race for one field; a window that is there is hit within a few seconds."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Bench:
         cases: Mapping[str, Case],
         kind: str,
         *,
+        make: Callable[[int], Host] | None = None,
         unsafe: bool = False,
     ) -> None:
         """Prepare.
@@ -64,6 +71,7 @@ class Bench:
             lab: what cases are run and recorded with.
             cases: all there are, by id.
             kind: of host: ``local`` or ``emulated``.
+            make: gives an emulated host with so many CPUs, for races.
             unsafe: run what may end a local host, too.
 
         """
@@ -71,7 +79,10 @@ class Bench:
         self._lab = lab
         self._cases = cases
         self._kind = kind
+        self._make = make
         self._unsafe = unsafe
+        #: Of the last host that was made for races.
+        self.described: dict[str, Any] = {}
         self._outcomes: dict[str, Outcome] = {}
         self._findings: dict[tuple[str, tuple[tuple[str, str], ...]], list[Finding]] = {}
 
@@ -85,6 +96,8 @@ class Bench:
             return Ran(one, (Sight(one.name, Colour.SKIP, reason),))
         if one.knob:
             return Ran(one, (of_findings(one, self._found(one)),))
+        if one.races:
+            return Ran(one, tuple(self._races(one)))
         return Ran(one, tuple(self._sights(one)))
 
     def _not_here(self, one: Reproducer) -> str:
@@ -102,6 +115,17 @@ class Bench:
             if case_id not in self._outcomes:
                 self._outcomes[case_id] = self._lab.run(self._pool, case).outcome
             yield of_outcome(one, case_id, self._outcomes[case_id])
+
+    def _races(self, one: Reproducer) -> Iterator[Sight]:
+        with ExitStack() as stack:
+            if self._kind == "emulated" and self._make is not None:
+                host = stack.enter_context(self._make(CPUS))
+                session = host.start()
+                self.described = host.describe()
+            else:
+                _, session = self._pool.session({})
+            for name in one.races:
+                yield _race(session, name)
 
     def _found(self, one: Reproducer) -> list[Finding]:
         params = dict(one.params or {})
@@ -129,3 +153,11 @@ class Bench:
             except NsvmError as e:
                 return [unseen(one.knob, str(e))]
         raise AssertionError("unreachable")
+
+
+def _race(session: Session, name: str) -> Sight:
+    """Race for one field; what kept it from its end is no word on the bug."""
+    try:
+        return of_race(race_for(session, name, _RACE_S))
+    except NsvmError as e:
+        return Sight(race_name(name), Colour.BROKE, str(e).partition("\n")[0])

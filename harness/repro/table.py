@@ -1,7 +1,8 @@
 """The table of reproducers: one known bug each, with what shows it.
 
-A reproducer is shown by scenarios (`cases`) or by an experiment of `harness.identify` (`knob`).
-Either way it names the symptom that its bug has, so that another failure is not taken for it.
+A reproducer is shown by scenarios (`cases`), by an experiment of `harness.identify` (`knob`) or by
+races for fields of vmcb12 (`races`, fields of `harness.race`). Each way it names the symptom that
+its bug has, so that another failure is not taken for it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from harness.identify.finding import EXPERIMENTS, Experiment
 FILE = Path(__file__).with_name("reproducers.toml")
 
 _REQUIRED = ("name", "claim", "mechanism", "fix", "since")
-_LISTS = ("kernels", "cases", "bad", "needs", "variants")
+_LISTS = ("kernels", "cases", "bad", "races", "needs", "variants")
+_SHOWN_BY = ("cases", "knob", "races")
 
 
 class ReproError(HarnessError):
@@ -53,6 +55,8 @@ class Reproducer:
     bad: tuple[str, ...] = ()
     #: and kvm_amd's parameters for the experiment, other than the defaults.
     params: Mapping[str, str] | None = None
+    #: In place of cases or a knob: fields of `harness.race.fields`. A window in one is the bug.
+    races: tuple[str, ...] = ()
     #: What a host must have beside nested SVM, in words.
     needs: tuple[str, ...] = ()
     #: Variants of kernels that have the bug built in (`nsvm kernel build --variant`).
@@ -138,10 +142,11 @@ def _reproducer(where: str, entry: dict[str, Any]) -> Reproducer:
 
 
 def _check_what_shows_it(where: str, entry: dict[str, Any]) -> None:
-    if bool(entry.get("cases")) == bool(entry.get("knob")):
-        raise ReproError(f"{where}: give either cases, or knob")
-    partner = "symptom" if entry.get("cases") else "bad"
-    if not entry.get(partner):
+    shown_by = [key for key in _SHOWN_BY if entry.get(key)]
+    if len(shown_by) != 1:
+        raise ReproError(f"{where}: give one of {', '.join(_SHOWN_BY)}")
+    partner = {"cases": "symptom", "knob": "bad"}.get(shown_by[0])
+    if partner and not entry.get(partner):
         raise ReproError(f"{where}: no {partner}")
     try:
         re.compile(entry.get("symptom", ""))

@@ -42,6 +42,19 @@ def test_directories_become_a_page_a_text_and_kcidbs_json(results, tmp_path):
     assert {t["status"] for t in json.loads(kcidb.read_text())["tests"]} == {"PASS", "FAIL"}
 
 
+def test_a_page_has_the_score_of_bugs_put_back(results, tmp_path):
+    page, score = tmp_path / "report.html", tmp_path / "mutants.json"
+    bug = {"variant": "gif-bug", "area": "SMM", "scenarios": {"smi": "GIF"}, "crosscheck": "",
+           "window": "", "peers": None}  # fmt: skip
+    score.write_text(json.dumps({"kernel": "6.1", "mutants": [bug]}))
+    done = nsvm("report", results("one", a="PASS"), "-o", page, "--mutants", score)
+    assert done.returncode == 0, done.stderr
+    assert "Bugs put back into 6.1" in page.read_text()
+    done = nsvm("report", tmp_path / "one", "-o", page, "--mutants", tmp_path / "none.json")
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"nsvm: {tmp_path / 'none.json'}: No such file or directory"
+
+
 def test_hosts_are_imported_into_one_store(results, tmp_path):
     store = tmp_path / "all.sqlite"
     for name in ("one", "two", "one"):

@@ -140,6 +140,15 @@ def test_a_process_that_dies_is_a_finding():
     assert "died 70" in report.bundles[0].what
 
 
+@pytest.mark.parametrize(("enough", "bundles", "steps"), [(1, 1, 0), (2, 2, 10), (0, 2, STEPS)])
+def test_a_run_may_end_at_the_findings_that_are_enough(enough, bundles, steps):
+    died = CallResult("died", raw={"status": 70})
+    host = FakeHost({0: died, 2: died})
+    plan = Plan(STEPS, 3, None, Setting("6.1"), enough=enough)
+    report = CrosscheckRun(host, plan, lambda text: None).go(host.start())
+    assert (len(report.bundles), report.steps) == (bundles, steps)
+
+
 def test_a_finding_that_is_met_again_is_told_to_the_host_and_counted():
     told = []
 

@@ -13,6 +13,7 @@ from harness.host.kernel_build import (
     _require_tools,
     failed_hunk,
     find_variant,
+    series_of,
     variants,
 )
 from harness.host.kernel_image import KernelError
@@ -24,6 +25,8 @@ SHIPPED = [
     for series in sorted(VARIANTS.iterdir())
     for name, variant in variants(series.name).items()
 ]
+
+NAMED = re.compile(r"\d+\.\d+")
 
 PATCH = """Say two
 
@@ -42,6 +45,30 @@ def test_a_shipped_variant_says_what_it_does_and_changes_kvm_only(variant):
     assert re.fullmatch(r"\S.{10,90}\w", variant.summary)
     assert variant.files
     assert all(file.startswith(("arch/x86/kvm/", "virt/kvm/")) for file in variant.files)
+
+
+@pytest.mark.parametrize("variant", SHIPPED)
+def test_a_variant_names_series_that_it_applies_to_beside_its_own(variant):
+    assert all(NAMED.fullmatch(series) for series in variant.also)
+    for series in series_of(variant.name):
+        assert variants(series)[variant.name].name == variant.name
+
+
+def test_a_variant_made_for_a_series_goes_before_one_that_also_applies(tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_build, "VARIANTS", tmp_path)
+    for series, text in (
+        ("6.1", "Old\n\nAlso: 6.12, 7.3\n\n--- a/x\n"),
+        ("6.12", "New\n\n--- a/x\n"),
+    ):
+        (tmp_path / series).mkdir()
+        (tmp_path / series / "bug.patch").write_text(text)
+    assert [variants(series)["bug"].summary for series in ("6.1", "6.12", "7.3")] == [
+        "Old",
+        "New",
+        "Old",
+    ]
+    assert series_of("bug") == ["6.1", "6.12", "7.3"]
+    assert variants("5.10") == {}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from nights import HOSTILE, begin, end, note, on, write_run
 
+from harness.report.bugs import Bug, Bugs
 from harness.report.history import lines_of
 from harness.report.page import render
 from harness.report.store import Store
@@ -43,7 +44,7 @@ ISSUE = KnownIssue("some-issue", ("known",), "GIF is set", "no reason", "seen", 
 def page(tmp_path):
     """Return the page of four nights of two lines, and of whatever else is given."""
 
-    def make(*events, issues=(ISSUE,)):
+    def make(*events, issues=(ISSUE,), bugs=None):
         with Store(None) as store:
             for number in range(4):
                 for release in ("6.1.0-56-amd64", "7.3.4"):
@@ -51,7 +52,7 @@ def page(tmp_path):
                     where = tmp_path / f"{release}-{number}"
                     argv = ["--kernel", release[:3], "-j", "1"]
                     store.add_results(write_run(where, run, at=1e9 + number * 86400, argv=argv))
-            return render(store, lines_of(store), issues)
+            return render(store, lines_of(store), issues, bugs=bugs)
 
     return make
 
@@ -179,3 +180,21 @@ def test_a_browser_shows_it_and_runs_nothing_of_it(page, tmp_path):
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     assert (int.from_bytes(head[16:20]), int.from_bytes(head[20:24])) == (1280, 2000)
     assert len(head) > 50_000
+
+
+def test_bugs_that_were_put_back_are_scored_by_area(page):
+    bugs = Bugs(
+        "6.1",
+        (
+            Bug("rsm-bug", "SMM", ("smi_in_l2",), "", ()),
+            Bug("gif-bug", "SMM", (), HOSTILE, ("smm_test",)),
+            Bug("missed-bug", "#VMEXIT", (), "", ()),
+        ),
+    )
+    text = page(bugs=bugs)
+    words = " ".join(Outline(text).words)
+    assert HOSTILE not in text
+    assert re.search(r"SMM\s+2\s+2\s+1\b", words)
+    assert re.search(r"#VMEXIT\s+1\s+0\s+0\b", words)
+    assert re.search(r"missed-bug\s+missed", words)
+    assert "Bugs put back" not in page()

@@ -2,7 +2,7 @@ import pytest
 
 from harness.identify.finding import Finding, unseen
 from harness.report.verdict import Outcome, Verdict
-from harness.repro.colour import Colour, Sight, of_findings, of_outcome, whole
+from harness.repro.colour import Colour, Sight, of_findings, of_outcome, of_race, whole
 from harness.repro.table import Reproducer
 
 WARNS = "WARNING: CPU: 0 PID: 9 at arch/x86/kvm/svm/nested.c:957 nested_svm_vmexit"
@@ -76,3 +76,21 @@ def test_a_knob_is_red_at_a_bad_value(findings, colour):
 )
 def test_green_needs_all_parts_and_red_one(parts, colour):
     assert whole([Sight("x", Colour(part), "") for part in parts.split()]) is Colour(colour)
+
+
+@pytest.mark.parametrize(
+    ("row", "colour", "saw"),
+    [
+        (
+            {"hits": 9, "first_evidence": {"proof": "L2 ran"}},
+            Colour.RED,
+            "64 attempts, 9 hits\nL2 ran",
+        ),
+        ({}, Colour.GREEN, "64 attempts, 0 hits"),
+        ({"unchecked": "ran"}, Colour.OTHER, "not checked at all: ran"),
+    ],
+)
+def test_a_race_is_red_if_it_was_won(row, colour, saw):
+    tally = {"field": "EFER", "attempts": 64, "hits": 0, "unchecked": "", "first_evidence": None}
+    sight = of_race(tally | row)
+    assert (sight.what, sight.colour, sight.saw) == ("race for EFER", colour, saw)

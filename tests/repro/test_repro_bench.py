@@ -1,5 +1,6 @@
 """Bench: what is run, how often, and what becomes of hosts that die. The host is a fake."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -113,3 +114,51 @@ def test_what_may_end_a_real_host_waits_to_be_asked_for(kind, more, options, col
     tested, lab = bench(kind=kind, **options)
     assert tested.run(by_case(**more)).colour is colour
     assert bool(lab.ran) is (colour is Colour.GREEN)
+
+
+LOST = {"field": "EFER", "attempts": 64, "hits": 0, "unchecked": "", "first_evidence": None}
+
+
+class Racers:
+    """A host whose races end as is said, one after the other."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.cpus = None
+
+    def make(self, cpus):
+        self.cpus = cpus
+        return nullcontext(
+            SimpleNamespace(
+                start=lambda: SimpleNamespace(call=self.call),
+                describe=lambda: {"kernel_release": "5.10"},
+            )
+        )
+
+    def call(self, target, *, fields, **more):
+        assert target == "harness.race.calls:run"
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return CallResult("return", value=[{**answer, "field": fields[0]}])
+
+
+WON = {**LOST, "hits": 3, "first_evidence": {"proof": "L2 ran and read it"}}
+
+
+@pytest.mark.parametrize(
+    ("answers", "colour", "saw"),
+    [
+        ((LOST, WON), Colour.RED, "64 attempts, 3 hits\nL2 ran and read it"),
+        ((LOST, LOST), Colour.GREEN, "64 attempts, 0 hits"),
+        ((LOST, HostError("one CPU")), Colour.BROKE, "one CPU"),
+    ],
+)
+def test_a_race_is_held_on_a_host_with_two_cpus(answers, colour, saw):
+    racers = Racers(*answers)
+    one = Reproducer("n", "c", "m", "f", "5.17", ("5.10",), races=("EFER", "CR0"))
+    tested = Bench(Pool(), FakeLab(None), {}, "emulated", make=racers.make)
+    ran = tested.run(one)
+    assert tested.described == {"kernel_release": "5.10"}
+    assert racers.cpus == 2
+    assert (ran.colour, ran.decisive.saw) == (colour, saw)

@@ -5,6 +5,7 @@ import pytest
 from harness.commands.list import all_scenarios
 from harness.host.kernel_build import VARIANTS
 from harness.model.knobs import KNOBS
+from harness.race.fields import field_named
 from harness.repro import evidence as recorded
 from harness.repro.evidence import Seen
 from harness.repro.table import ReproError, choose, load
@@ -35,6 +36,7 @@ def cases():
 @pytest.mark.parametrize("one", TABLE.values(), ids=TABLE)
 def test_what_shows_a_bug_exists(one, cases):
     assert [case for case in one.cases if case not in cases] == []
+    assert [field_named(name).name for name in one.races] == list(one.races)
     if one.knob:
         assert one.bad == tuple(
             KNOBS[one.knob].key_of(KNOBS[one.knob].value_of(v)) for v in one.bad
@@ -59,7 +61,8 @@ def test_the_evidence_is_what_the_table_says(name, kernel, seen):
     assert seen.colour == ("red" if one.has_bug(kernel) else "green")
     if seen.colour == "red" and one.cases:
         assert one.symptom_in(seen.saw)
-    assert seen.what in (*one.cases, one.knob and f"{one.experiment.name}: {one.knob}")
+    knob = one.knob and f"{one.experiment.name}: {one.knob}"
+    assert seen.what in (*one.cases, knob, *(f"race for {field}" for field in one.races))
 
 
 @pytest.mark.parametrize("one", TABLE.values(), ids=TABLE)
@@ -89,7 +92,7 @@ def test_a_kernel_has_a_bug_by_its_series_or_its_variant(tmp_path, kernel, has):
         (("symptom = 'VMRUN'", ""), "no symptom"),
         (("symptom = 'VMRUN'", "symptom = '('"), "symptom: missing"),
         (("since", 'sicne = "1"\nsince'), "unknown key 'sicne'"),
-        (("symptom = 'VMRUN'", 'symptom = "x"\nknob = "allocation"'), "either cases, or knob"),
+        (("symptom = 'VMRUN'", 'symptom = "x"\nknob = "allocation"'), "give one of cases, knob"),
         (('cases = ["vmrun_without_hsave_is_refused"]\n', 'knob = "x"\nbad = ["y"]\n'), "no exper"),
         (('kernels = ["5.10"]\n', ""), "neither kernels nor variants"),
         (('["5.10"]', '"5.10"'), "kernels must be a list"),

@@ -15,6 +15,7 @@ F = TypeVar("F", bound=Fd)
 S = TypeVar("S", bound=CStruct)
 
 _MOST_ENTRIES = 1 << 16
+_USUAL_LEAVES = 128
 
 _UNWRITTEN = bytes(kvm_cpuid_entry2(*[0xFFFFFFFF] * 7))
 """A CPUID entry that KVM has not written: there is no such leaf. KVM insists on zero padding."""
@@ -44,9 +45,30 @@ def read_cpuid(fd: F, request: Ioctl[F, kvm_cpuid2]) -> list[kvm_cpuid_entry2]:
 
 def read_cpuid_bytes(fd: F, request: Ioctl[F, kvm_cpuid2]) -> bytes:
     """Return the CPUID leaves that the request gives as they lie in memory."""
-    leaves = _grown(fd, request, _unwritten_cpuid, 128).as_bytes()[ctypes.sizeof(kvm_cpuid2) :]
+    return _written(_grown(fd, request, _unwritten_cpuid, _USUAL_LEAVES).as_bytes())
+
+
+class CpuidBuffer:
+    """The payload of such a request, to be used again and again."""
+
+    def __init__(self) -> None:
+        self._blank = _unwritten_cpuid(_USUAL_LEAVES).as_bytes()
+        buffer = bytearray(self._blank)
+        self.payload: kvm_cpuid2 = kvm_cpuid2.over(buffer)
+        self._view = memoryview(buffer)
+
+    def clear(self) -> None:
+        """Make it as it was; to be done before each request."""
+        self._view[:] = self._blank
+
+    def leaves(self) -> bytes:
+        """Return the leaves that a request has put there, as they lie in memory."""
+        return _written(bytes(self._view))
+
+
+def _written(payload: bytes) -> bytes:
     # KVM_GET_CPUID2 on Linux 5.10 leaves nent as it was given (kvm_vcpu_ioctl_get_cpuid2).
-    return leaves.partition(_UNWRITTEN)[0]
+    return payload[ctypes.sizeof(kvm_cpuid2) :].partition(_UNWRITTEN)[0]
 
 
 def _unwritten_cpuid(entries: int) -> kvm_cpuid2:

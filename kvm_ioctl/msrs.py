@@ -12,7 +12,7 @@ from kvm_ioctl.request import Fd, Ioctl, MsrRefused
 
 F = TypeVar("F", bound=Fd)
 
-_MOST_MSRS = 255
+MOST_IN_ONE_CALL = 255
 """KVM answers E2BIG to MAX_IO_MSRS (256) and more in one call (``msr_io``)."""
 
 _U64: Final = "Q"
@@ -24,7 +24,7 @@ class MsrBlock:
     Raises OverflowError for what is no MSR's index.
     """
 
-    __slots__ = ("data", "indices", "payload")
+    __slots__ = ("data", "entries", "indices", "payload")
 
     def __init__(self, indices: tuple[int, ...]) -> None:
         header_bytes, entry_bytes = ctypes.sizeof(kvm_msrs), ctypes.sizeof(kvm_msr_entry)
@@ -34,7 +34,9 @@ class MsrBlock:
         self.payload.nmsrs = len(indices)
         # An entry is two words: the index, which is only half of the first, and the data. One
         # strided assignment fills a column; ctypes takes three calls for each entry.
-        words = memoryview(buffer)[header_bytes:].cast(_U64)
+        self.entries = memoryview(buffer)[header_bytes:]
+        """All of them, as they lie in memory."""
+        words = self.entries.cast(_U64)
         words[0::2] = array(_U64, array("I", indices))
         self.data = words[1::2]
 
@@ -75,7 +77,7 @@ def read_msrs(
     values: dict[int, int] = {}
     position = 0
     while position < len(wanted):
-        block = blocks.take(wanted[position : position + _MOST_MSRS])
+        block = blocks.take(wanted[position : position + MOST_IN_ONE_CALL])
         done = fd.call(request, block.payload)
         values.update(zip(block.indices, block.data.tolist()[:done], strict=False))
         blocks.give_back(block)
@@ -94,8 +96,8 @@ def write_msrs(
     indices, data = tuple(values), array(_U64, list(values.values()))
     taken = 0
     while taken < len(indices):
-        block = blocks.take(indices[taken : taken + _MOST_MSRS])
-        block.data[:] = data[taken : taken + _MOST_MSRS]
+        block = blocks.take(indices[taken : taken + MOST_IN_ONE_CALL])
+        block.data[:] = data[taken : taken + MOST_IN_ONE_CALL]
         done = fd.call(request, block.payload)
         blocks.give_back(block)
         taken += done

@@ -187,15 +187,15 @@ class Vcpu(VcpuRequests, VcpuFd):
 
         In guest mode KVM writes the whole state before it finds that a buffer is too small.
         """
-        size_bytes = self._nested_state_bytes
+        size_bytes = self.nested_state_bytes
         state: kvm_nested_state = kvm_nested_state.over(bytearray(size_bytes))
         state.size = size_bytes
         self.call(self.KVM_GET_NESTED_STATE, state)
         return state
 
     @cached_property
-    def _nested_state_bytes(self) -> int:
-        """Of the longest nested state: kvm_amd and kvm_intel answer with a constant, or 0."""
+    def nested_state_bytes(self) -> int:
+        """Bytes of the longest nested state: kvm_amd and kvm_intel answer with a constant, or 0."""
         least = ctypes.sizeof(kvm_nested_state) + KVM_STATE_NESTED_SVM_VMCB_SIZE
         return max(self.vm.check_extension(Cap.KVM_CAP_NESTED_STATE), least)
 
@@ -224,9 +224,14 @@ class Vcpu(VcpuRequests, VcpuFd):
         """
         return self.vm.check_extension(Cap.KVM_CAP_XSAVE2)
 
-    def _new_xsave(self) -> kvm_xsave:
+    @property
+    def xsave_buffer_bytes(self) -> int:
+        """Bytes of a buffer for the XSAVE area, whole words."""
         size_bytes = max(self._xsave_bytes, ctypes.sizeof(kvm_xsave))
-        return kvm_xsave.over(bytearray(-(-size_bytes // 4) * 4))
+        return -(-size_bytes // 4) * 4
+
+    def _new_xsave(self) -> kvm_xsave:
+        return kvm_xsave.over(bytearray(self.xsave_buffer_bytes))
 
     def get_one_reg(self, reg_id: int) -> int:
         """Return a 64-bit register by its KVM_REG_X86 id."""

@@ -134,7 +134,7 @@ class Vm(VmRequests, VmFd):
 
         Without KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 this also clears the log.
         """
-        bitmap = bytearray(_bitmap_bytes(npages))
+        bitmap = bytearray(dirty_bitmap_bytes(npages))
         view = (ctypes.c_char * len(bitmap)).from_buffer(bitmap)
         log = kvm_dirty_log(slot=slot_id(slot, as_id), dirty_bitmap=ctypes.addressof(view))
         self.call(self.KVM_GET_DIRTY_LOG, log)
@@ -149,7 +149,7 @@ class Vm(VmRequests, VmFd):
         """
         if len(bitmap) < -(-npages // 8):
             raise ValueError(f"a bitmap of {len(bitmap)} bytes is too short for {npages} pages")
-        padded = bytes(bitmap).ljust(_bitmap_bytes(npages), b"\0")
+        padded = bytes(bitmap).ljust(dirty_bitmap_bytes(npages), b"\0")
         copy = ctypes.create_string_buffer(padded, len(padded))
         log = kvm_clear_dirty_log(
             slot=slot_id(slot, as_id),
@@ -213,6 +213,6 @@ class Vm(VmRequests, VmFd):
         self.call(self.KVM_SET_GSI_ROUTING, payload)
 
 
-def _bitmap_bytes(npages: int) -> int:
+def dirty_bitmap_bytes(npages: int) -> int:
     """Return the bytes of a bitmap that KVM reads and writes in 64-bit words."""
     return -(-npages // _BITMAP_ALIGN_PAGES) * 8

@@ -16,6 +16,10 @@
 #define KVM_GET_XSAVE2		_IOR(KVMIO, 0xcf, struct kvm_xsave)
 #endif
 
+#ifndef KVM_CAP_X86_TRIPLE_FAULT_EVENT	/* headers before Linux 6.1 */
+#define KVM_CAP_X86_TRIPLE_FAULT_EVENT 218
+#endif
+
 #define PTE_PRESENT_RW		0x27	/* and user, accessed */
 #define PDE_LARGE		0xc0	/* and dirty */
 #define CR0_PE_ET_NE_PG		0x80000031UL
@@ -79,10 +83,25 @@ static void set_supported_cpuid(struct vm *vm)
 	IOCTL(vm->vcpu, KVM_SET_CPUID2, vm->cpuid);
 }
 
+/* As wants_whole_events() of harness/migrate/shape.py. */
+static void enable_whole_events(struct vm *vm)
+{
+	static const int caps[] = { KVM_CAP_EXCEPTION_PAYLOAD, KVM_CAP_X86_TRIPLE_FAULT_EVENT };
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(caps); i++) {
+		struct kvm_enable_cap cap = { .cap = caps[i], .args = { 1 } };
+
+		if (ioctl(vm->fd, KVM_CHECK_EXTENSION, caps[i]) > 0)
+			IOCTL(vm->fd, KVM_ENABLE_CAP, &cap);
+	}
+}
+
 void open_vm(struct vm *vm, int irqchip)
 {
 	memset(vm, 0, sizeof(*vm));
 	vm->fd = IOCTL(kvm, KVM_CREATE_VM, 0);
+	enable_whole_events(vm);
 	if (ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_SET_TSS_ADDR) > 0)
 		IOCTL(vm->fd, KVM_SET_TSS_ADDR, TSS_GPA);
 	if (irqchip && ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_IRQCHIP) > 0)

@@ -6,11 +6,9 @@ The names are those of migrate_loops.c. Standard library only.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +18,7 @@ from functools import partial
 from typing import Final
 
 from harness.bench.migrate_load import witness_of
-from harness.errors import HarnessError, HostError
+from harness.errors import HarnessError
 from harness.migrate import live
 from harness.migrate.connections import over_socket, pair
 from harness.migrate.links import Link
@@ -29,10 +27,6 @@ from kvm_ioctl.handles import Kvm
 
 END_S: Final = 60.0
 """How long a destination may take to say what it got."""
-
-_SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
-_IFF_UP = 1
-_IFREQ = struct.Struct("16sh22x")
 
 
 @dataclass(frozen=True)
@@ -128,18 +122,3 @@ def _arrived(child: subprocess.Popen[bytes]) -> Arrived:
     if child.returncode:
         raise HarnessError(f"the destination ended with {child.returncode}")
     return Arrived(**json.loads(said))
-
-
-def raise_loopback() -> None:
-    """Make 127.0.0.1 usable; an emulated host has its loopback device down.
-
-    Raises HostError: that cannot be.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        try:
-            answer = fcntl.ioctl(any_socket, _SIOCGIFFLAGS, _IFREQ.pack(b"lo", 0))
-            name, flags = _IFREQ.unpack(answer)
-            if not flags & _IFF_UP:
-                fcntl.ioctl(any_socket, _SIOCSIFFLAGS, _IFREQ.pack(name, flags | _IFF_UP))
-        except OSError as e:
-            raise HostError(f"the loopback device: {e.strerror}") from e

@@ -27,8 +27,6 @@ RUN_TIMEOUT_S: Final = 30.0
 # As in migrate_loops.c.
 FIRST_BYTE: Final = 1 << 20
 BLOCK_PAGES: Final = 32
-DIRTY_STRIDE: Final = 2 * PAGE_SIZE
-"""No two dirty pages touch: nothing can be joined."""
 _CODE_GPA: Final = Gpa(0xA000)
 _FILL_BYTE: Final = b"\x5a"
 
@@ -44,9 +42,17 @@ class Size:
     memory_mib: int
     dirty_pages: int
     """That are left when the machine is paused."""
+    stride_pages: int = 2
+    """From one to the next: with 1 they are one piece, with 2 nothing of them can be joined."""
+
+    @property
+    def stride_bytes(self) -> int:
+        """From one dirty page to the next."""
+        return self.stride_pages * PAGE_SIZE
 
     def __str__(self) -> str:
-        return f"{self.memory_mib} MiB half in use, {self.dirty_pages} pages left"
+        pages = "pages in one piece" if self.stride_pages == 1 else "pages"
+        return f"{self.memory_mib} MiB half in use, {self.dirty_pages} {pages} left"
 
 
 class Load(Protocol):
@@ -69,7 +75,7 @@ class PlainLoad:
     title = "a plain VM"
 
     def __init__(self, kvm: Kvm, size: Size) -> None:
-        image = raw_image(_dirtying_code(size.dirty_pages), _CODE_GPA, EntryMode.LONG64)
+        image = raw_image(_dirtying_code(size), _CODE_GPA, EntryMode.LONG64)
         self.machine = Machine(kvm, image=image, memory_mib=size.memory_mib, irqchip=True)
         with _closed_on_error(self.machine):
             _fill(self.machine, FIRST_BYTE, size.memory_mib << 20)
@@ -96,10 +102,10 @@ class NestedLoad:
             at, end = self.machine.pages.take(_TABLES_BYTES), size.memory_mib << 20
             self._first = at + _TABLES_BYTES
             _fill(self.machine, self._first, end)
-            if self._first + size.dirty_pages * DIRTY_STRIDE > end:
+            if self._first + size.dirty_pages * size.stride_bytes > end:
                 raise HarnessError(f"{size}: more pages than there are")
             self._op = self._l2.exec_op(
-                _DIRTYING_LOOP, rdi=self._first, rcx=size.dirty_pages, rax=0
+                _dirtying_loop(size), rdi=self._first, rcx=size.dirty_pages, rax=0
             )
             self.dirty()
 
@@ -108,20 +114,21 @@ class NestedLoad:
         self._l2.do(self._op).regs  # noqa: B018 - raises GuestFault
 
 
-def _dirtying_code(pages: int) -> bytes:
-    """Return `_DIRTYING_LOOP` and a port exit, for ever."""
+def _dirtying_code(size: Size) -> bytes:
+    """Return `_dirtying_loop` and a port exit, for ever."""
     body = b"\xbf" + FIRST_BYTE.to_bytes(4, "little")  # mov $FIRST_BYTE, %edi
-    body += b"\xb9" + pages.to_bytes(4, "little")  # mov $pages, %ecx
-    body += _DIRTYING_LOOP + b"\xe6\xf0"  # out %al, $0xf0
+    body += b"\xb9" + size.dirty_pages.to_bytes(4, "little")  # mov $pages, %ecx
+    body += _dirtying_loop(size) + b"\xe6\xf0"  # out %al, $0xf0
     return body + bytes([0xEB, 256 - len(body) - 2])  # jmp to the start
 
 
-_DIRTYING_LOOP: Final = (
-    b"\xff\x07"  # incl (%rdi)
-    + b"\x81\xc7" + DIRTY_STRIDE.to_bytes(4, "little")  # add $DIRTY_STRIDE, %edi
-    + b"\xff\xc9"  # dec %ecx
-    + b"\x75\xf4"  # jnz to the incl
-)  # fmt: skip
+def _dirtying_loop(size: Size) -> bytes:
+    return (
+        b"\xff\x07"  # incl (%rdi)
+        + b"\x81\xc7" + size.stride_bytes.to_bytes(4, "little")  # add $stride, %edi
+        + b"\xff\xc9"  # dec %ecx
+        + b"\x75\xf4"  # jnz to the incl
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

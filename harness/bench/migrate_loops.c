@@ -5,10 +5,12 @@
  *
  * Reads one request per line and answers each with "ok " and one line of JSON, or "error TEXT":
  *
- *	migrate LINK MIB DIRTY	moves a machine of MIB MiB of which DIRTY pages are left when it is
- *				paused; LINK is same_process (one thread, memcpy), threads or
- *				processes (over a socketpair), or tcp
- *	state COUNT		takes the state of one vCPU and puts it into another, COUNT times
+ *	migrate LINK MIB DIRTY STRIDE
+ *				moves a machine of MIB MiB of which DIRTY pages are left when it is
+ *				paused, one every STRIDE pages; LINK is same_process (one thread,
+ *				memcpy), threads or processes (over a socketpair), or tcp
+ *	state COUNT [FILE]	takes the state of one vCPU and puts it into another, COUNT times; the
+ *				first one has the state in the file, if one is named
  *
  * The source of a migration is used again by the next one. What fails while a machine moves ends
  * the process, after its line.
@@ -35,10 +37,10 @@
 /* The machine; as in migrate_load.py. */
 #define FIRST_BYTE	(1UL << 20)
 #define BLOCK_PAGES	32
-#define DIRTY_STRIDE	(2 * PAGE_BYTES)
 
 #define PRESENT_OR_SWAPPED	(3ULL << 62)	/* Documentation/admin-guide/mm/pagemap.rst */
 
+#define PREPARED 'p'
 #define READY	'r'
 #define COMMIT	'c'
 #define RUNNING	'g'
@@ -76,15 +78,22 @@ struct figures {
 	uint64_t rest_pages;
 	uint64_t downtime_ns;
 	uint64_t stopped_ns;	/* when */
-	uint64_t capture_ns;
+	uint64_t state_ns;	/* the downtime's parts, as in live.py */
+	uint64_t memory_ns;
+	uint64_t stream_ns;
+	uint64_t restore_ns;
+	uint64_t commit_ns;
+	uint64_t held_ns;	/* before it */
 	uint64_t witness;	/* what the destination's memory holds */
 	uint64_t expected;	/* what ours does */
 };
 
-/* Part of the VM's own state. */
+/* Part of the VM's own state, and CPUID, which the destination has already unless it changed. */
 struct vm_state {
 	struct kvm_irqchip chips[3];
 	struct kvm_clock_data clock;
+	uint64_t leaves;
+	struct kvm_cpuid_entry2 cpuid[MOST_LEAVES];
 };
 
 /* --- the link --- */
@@ -226,6 +235,8 @@ static void capture(struct vm *vm, struct vm_state *state, const struct part *pa
 	int i;
 
 	IOCTL(vm->vcpu, KVM_GET_CPUID2, vm->cpuid);
+	state->leaves = vm->cpuid->nent;
+	memcpy(state->cpuid, vm->cpuid->entries, state->leaves * sizeof(state->cpuid[0]));
 	ioctl(vm->vcpu, KVM_GET_TSC_KHZ, 0);
 	for (i = 0; i < count; i++)
 		parts[i]->get(vm);
@@ -236,6 +247,21 @@ static void capture(struct vm *vm, struct vm_state *state, const struct part *pa
 	IOCTL(vm->fd, KVM_GET_CLOCK, &state->clock);
 }
 
+/* CPUID can be set long before the rest: it hardly ever changes. */
+static void set_cpuid(struct vm *vm, const struct vm_state *state)
+{
+	vm->cpuid->nent = state->leaves;
+	memcpy(vm->cpuid->entries, state->cpuid, state->leaves * sizeof(state->cpuid[0]));
+	IOCTL(vm->vcpu, KVM_SET_CPUID2, vm->cpuid);
+	ioctl(vm->vcpu, KVM_GET_TSC_KHZ, 0);
+}
+
+static int has_cpuid(const struct vm *vm, const struct vm_state *state)
+{
+	return vm->cpuid->nent == state->leaves &&
+	       !memcmp(vm->cpuid->entries, state->cpuid, state->leaves * sizeof(state->cpuid[0]));
+}
+
 static void restore(struct vm *vm, struct vm_state *state, const struct part *parts[], int count)
 {
 	struct kvm_clock_data clock = { .clock = state->clock.clock };
@@ -244,8 +270,8 @@ static void restore(struct vm *vm, struct vm_state *state, const struct part *pa
 
 	for (chip = 0; chip < ARRAY_SIZE(state->chips); chip++)
 		IOCTL(vm->fd, KVM_SET_IRQCHIP, &state->chips[chip]);
-	IOCTL(vm->vcpu, KVM_SET_CPUID2, vm->cpuid);
-	ioctl(vm->vcpu, KVM_GET_TSC_KHZ, 0);
+	if (!has_cpuid(vm, state))
+		set_cpuid(vm, state);
 	for (i = 0; i < count; i++)
 		parts[i]->set(vm);
 	IOCTL(vm->fd, KVM_SET_CLOCK, &clock);
@@ -392,7 +418,7 @@ static void untrack(struct vm *vm, struct dirty *dirty)
 	free(dirty->all);
 }
 
-static void collect(struct vm *vm, struct dirty *dirty)
+static void collect(struct vm *vm, struct dirty *dirty, int last)
 {
 	struct kvm_dirty_log log = { .dirty_bitmap = dirty->now };
 	struct kvm_clear_dirty_log clear = {
@@ -406,7 +432,7 @@ static void collect(struct vm *vm, struct dirty *dirty)
 		any |= dirty->now[i];
 		dirty->all[i] |= dirty->now[i];
 	}
-	if (any && dirty->manual)
+	if (any && dirty->manual && !last)
 		IOCTL(vm->fd, KVM_CLEAR_DIRTY_LOG, &clear);
 }
 
@@ -459,7 +485,7 @@ static void *receive(void *argument)
 	struct destination *destination = argument;
 	const struct part *parts[PART_COUNT];
 	int fd = destination->fd, count;
-	struct vm_state state;
+	struct vm_state state, rehearsed;
 	uint64_t witness;
 	struct vm vm;
 
@@ -468,6 +494,11 @@ static void *receive(void *argument)
 	add_memory(&vm, destination->memory_bytes);
 	count = prepare_parts(&vm, parts);
 	say(fd, READY);
+	take_memory(fd, &vm);
+	take(fd, &state, sizeof(state));
+	set_cpuid(&vm, &state);
+	capture(&vm, &rehearsed, parts, count);
+	say(fd, PREPARED);
 	take_memory(fd, &vm);
 	take_state(fd, &vm, &state, parts, count);
 	restore(&vm, &state, parts, count);
@@ -523,22 +554,23 @@ static pid_t fork_destination(struct destination *destination, int source_fd)
 static struct vm source;
 static const struct part *source_parts[PART_COUNT];
 static int source_part_count;
-static uint64_t source_dirty;
+static uint64_t source_dirty, source_stride;
 
 /* Adds 1 to the first word of so many pages, writes to a port, and so on for ever. */
-static void load_dirtying_guest(struct vm *vm, size_t memory_bytes, uint32_t dirty)
+static void load_dirtying_guest(struct vm *vm, size_t memory_bytes, uint32_t dirty,
+				uint32_t stride)
 {
 	uint8_t code[] = {
 		0xbf, 0, 0, 0, 0,		/* mov $FIRST_BYTE, %edi */
 		0xb9, 0, 0, 0, 0,		/* mov $dirty, %ecx */
 		0xff, 0x07,			/* incl (%rdi) */
-		0x81, 0xc7, 0, 0, 0, 0,		/* add $DIRTY_STRIDE, %edi */
+		0x81, 0xc7, 0, 0, 0, 0,		/* add $stride, %edi */
 		0xff, 0xc9,			/* dec %ecx */
 		0x75, 0xf4,			/* jnz to the incl */
 		0xe6, 0xf0,			/* out %al, $0xf0 */
 		0xeb, 0xe6,			/* jmp to the start */
 	};
-	uint32_t first = FIRST_BYTE, stride = DIRTY_STRIDE;
+	uint32_t first = FIRST_BYTE;
 
 	memcpy(code + 1, &first, 4);
 	memcpy(code + 6, &dirty, 4);
@@ -560,22 +592,24 @@ static void fill(struct vm *vm)
 	}
 }
 
-static void prepare_source(size_t memory_bytes, uint64_t dirty)
+static void prepare_source(size_t memory_bytes, uint64_t dirty, uint64_t stride)
 {
-	if (source.memory && source.memory_bytes == memory_bytes && source_dirty == dirty)
+	if (source.memory && source.memory_bytes == memory_bytes && source_dirty == dirty &&
+	    source_stride == stride)
 		return;
 	if (source.memory)
 		close_vm(&source);
-	if (FIRST_BYTE + dirty * DIRTY_STRIDE > memory_bytes)
+	if (FIRST_BYTE + dirty * stride > memory_bytes)
 		fail("%lu pages are more than there are", (unsigned long)dirty);
 	open_vm(&source, 1);
 	source_part_count = prepare_parts(&source, source_parts);
-	load_dirtying_guest(&source, memory_bytes, dirty);
+	load_dirtying_guest(&source, memory_bytes, dirty, stride);
 	/* Else a child would share it, and every write had to copy a page first. */
 	madvise(source.memory, memory_bytes, MADV_DONTFORK);
 	fill(&source);
 	run_to_port(&source);	/* what is touched first is mapped now */
 	source_dirty = dirty;
+	source_stride = stride;
 }
 
 /* Ends the instruction that wrote to the port; without that its registers are of before. */
@@ -596,27 +630,55 @@ static void copy_parts(struct vm *to, struct vm *from)
 		       source_parts[i]->bytes(from));
 }
 
-/* The source's part of it until it has nothing more to send. */
-static void send_machine(struct way *way, struct figures *figures, struct vm_state *state,
-			 struct dirty *dirty)
+static uint64_t lap_ns(uint64_t *last)
 {
-	/* Like this the rest is not counted in the bytes of the round. */
-	struct figures rest = { 0 };
+	uint64_t before = *last;
+
+	*last = now_ns();
+	return *last - before;
+}
+
+/* Sends all memory while the guest could run. */
+static void send_first(struct way *way, struct figures *figures, struct dirty *dirty)
+{
 	uint64_t start;
 
 	track(&source, dirty);
 	start = now_ns();
 	send_all(way, &source, figures);
 	figures->round_ns = now_ns() - start;
-	collect(&source, dirty);
-	run_to_port(&source);
-	figures->stopped_ns = now_ns();
+	collect(&source, dirty, 0);
+}
+
+/* The state is taken once for the sake of CPUID, and of all that is done for the first time. */
+static void rehearse(struct figures *figures, struct vm_state *state)
+{
+	uint64_t start = now_ns();
+
 	finish_io(&source);
 	capture(&source, state, source_parts, source_part_count);
-	figures->capture_ns = now_ns() - figures->stopped_ns;
-	collect(&source, dirty);
+	figures->held_ns = now_ns() - start;
+}
+
+/* Runs the guest until it stops; sends what is left of memory then. Returns the time of the end. */
+static uint64_t send_rest(struct way *way, struct figures *figures, struct vm_state *state,
+			  struct dirty *dirty)
+{
+	/* Like this the rest is not counted in the bytes of the round. */
+	struct figures rest = { 0 };
+	uint64_t last;
+
+	collect(&source, dirty, 0);
+	run_to_port(&source);
+	figures->stopped_ns = last = now_ns();
+	finish_io(&source);
+	capture(&source, state, source_parts, source_part_count);
+	figures->state_ns = lap_ns(&last);
+	collect(&source, dirty, 1);
 	send_dirty(way, &source, dirty, &rest);
 	figures->rest_pages = rest.rest_pages;
+	figures->memory_ns = lap_ns(&last);
+	return last;
 }
 
 static void hand_over_by_link(int fd, struct figures *figures)
@@ -625,15 +687,24 @@ static void hand_over_by_link(int fd, struct figures *figures)
 	struct batch end = { 0 };
 	struct vm_state state;
 	struct dirty dirty;
+	uint64_t last;
 
 	expect(fd, READY);
-	send_machine(&way, figures, &state, &dirty);
+	send_first(&way, figures, &dirty);
+	rehearse(figures, &state);
+	put_bytes(fd, &end, batch_bytes(&end));
+	put_bytes(fd, &state, sizeof(state));
+	expect(fd, PREPARED);
+	last = send_rest(&way, figures, &state, &dirty);
 	put_bytes(fd, &end, batch_bytes(&end));
 	put_state(fd, &source, &state, source_parts, source_part_count);
+	figures->stream_ns = lap_ns(&last);
 	expect(fd, READY);
+	figures->restore_ns = lap_ns(&last);
 	say(fd, COMMIT);
 	expect(fd, RUNNING);
-	figures->downtime_ns = now_ns() - figures->stopped_ns;
+	figures->commit_ns = lap_ns(&last);
+	figures->downtime_ns = last - figures->stopped_ns;
 	untrack(&source, &dirty);
 	take(fd, &figures->witness, sizeof(figures->witness));
 	figures->expected = witness_of(&source);
@@ -641,19 +712,26 @@ static void hand_over_by_link(int fd, struct figures *figures)
 
 static void hand_over_here(struct figures *figures)
 {
+	struct vm_state state, rehearsed;
 	const struct part *parts[PART_COUNT];
-	struct vm_state state;
 	struct dirty dirty;
 	struct vm there;
 	struct way way = { .there = &there };
+	uint64_t last;
 
 	open_vm(&there, 1);
 	add_memory(&there, source.memory_bytes);
 	prepare_parts(&there, parts);
-	send_machine(&way, figures, &state, &dirty);
+	send_first(&way, figures, &dirty);
+	rehearse(figures, &state);
+	set_cpuid(&there, &state);
+	capture(&there, &rehearsed, parts, source_part_count);
+	last = send_rest(&way, figures, &state, &dirty);
 	copy_parts(&there, &source);
+	figures->stream_ns = lap_ns(&last);
 	restore(&there, &state, parts, source_part_count);
-	figures->downtime_ns = now_ns() - figures->stopped_ns;
+	figures->restore_ns = lap_ns(&last);
+	figures->downtime_ns = last - figures->stopped_ns;
 	untrack(&source, &dirty);
 	figures->witness = witness_of(&there);
 	figures->expected = witness_of(&source);
@@ -692,16 +770,16 @@ static void hand_over_there(const char *link, struct figures *figures)
 	await_destination(child, thread);
 }
 
-static void migrate(const char *link, unsigned long mib, unsigned long dirty)
+static void migrate(const char *link, unsigned long mib, unsigned long dirty, unsigned long stride)
 {
 	struct figures figures = { 0 };
 	int here = !strcmp(link, "same_process");
 
-	if (!mib || mib > 1024)
+	if (!mib || mib > 1024 || !stride || stride > 1024)
 		fail("%lu MiB are no machine for this", mib);
 	if (!here && strcmp(link, "threads") && strcmp(link, "processes") && strcmp(link, "tcp"))
 		fail("no link is called %s", link);
-	prepare_source(mib << 20, dirty);
+	prepare_source(mib << 20, dirty, stride * PAGE_BYTES);
 	if (here)
 		hand_over_here(&figures);
 	else
@@ -709,24 +787,107 @@ static void migrate(const char *link, unsigned long mib, unsigned long dirty)
 	if (figures.witness != figures.expected)
 		fail("the destination has other memory than the source");
 	printf("ok {\"pages\": %lu, \"size_bytes\": %lu, \"round_ns\": %lu, \"rest_pages\": %lu, "
-	       "\"downtime_ns\": %lu, \"capture_ns\": %lu}\n",
+	       "\"downtime_ns\": %lu, \"parts_ns\": {\"state\": %lu, \"memory\": %lu, "
+	       "\"stream\": %lu, \"restore\": %lu, \"commit\": %lu}, \"held_ns\": %lu}\n",
 	       figures.pages, figures.bytes, figures.round_ns, figures.rest_pages,
-	       figures.downtime_ns, figures.capture_ns);
+	       figures.downtime_ns, figures.state_ns, figures.memory_ns, figures.stream_ns,
+	       figures.restore_ns, figures.commit_ns, figures.held_ns);
 }
 
-static void state_loop(unsigned long count)
+/* --- a state that somebody else has taken --- */
+
+/* Before each part in a file; the file has as many as it likes. */
+struct part_header {
+	char name[16];
+	uint64_t bytes;
+};
+
+static void take_part(struct vm *vm, struct vm_state *state, const struct part_header *header,
+		      const void *data, const struct part *parts[], int count)
+{
+	static const char *const chips[] = { "pic_master", "pic_slave", "ioapic" };
+	const struct kvm_msr_entry *entry = data;
+	size_t i;
+
+	for (i = 0; i < ARRAY_SIZE(chips); i++)
+		if (!strcmp(header->name, chips[i]) && header->bytes == sizeof(state->chips[i]))
+			memcpy(&state->chips[i], data, header->bytes);
+	if (!strcmp(header->name, "clock") && header->bytes == sizeof(state->clock))
+		memcpy(&state->clock, data, header->bytes);
+	if (!strcmp(header->name, "msrs"))
+		for (i = 0; i < header->bytes / sizeof(*entry); i++, entry++) {
+			keep_msr(vm, entry->index);
+			if (vm->msrs->nmsrs &&
+			    vm->msrs->entries[vm->msrs->nmsrs - 1].index == entry->index)
+				vm->msrs->entries[vm->msrs->nmsrs - 1].data = entry->data;
+		}
+	for (i = 0; i < (size_t)count; i++) {
+		int same = !strcmp(header->name, parts[i]->name) ||
+			   (!strcmp(header->name, "sregs") && parts[i] == &sregs2_part);
+
+		if (!same || !strcmp(header->name, "msrs"))
+			continue;
+		if (header->bytes > parts[i]->bytes(vm) && strcmp(header->name, "nested"))
+			fail("%s: %lu bytes are too many", header->name,
+			     (unsigned long)header->bytes);
+		if (!strcmp(header->name, "nested") && header->bytes > (size_t)vm->nested_bytes)
+			fail("nested: too long");
+		memcpy(parts[i]->data(vm), data, header->bytes);
+	}
+}
+
+/* The MSRs that there are depend on CPUID, so that comes first. */
+static void load_state(struct vm *vm, struct vm_state *state, const char *path,
+		       const struct part *parts[], int count)
+{
+	FILE *file = fopen(path, "r");
+	struct part_header header;
+	static char data[1 << 17];
+
+	if (!file)
+		fail("%s: %s", path, strerror(errno));
+	memset(state, 0, sizeof(*state));
+	vm->msrs->nmsrs = 0;
+	while (fread(&header, sizeof(header), 1, file) == 1) {
+		header.name[sizeof(header.name) - 1] = 0;
+		if (header.bytes > sizeof(data) ||
+		    (header.bytes && fread(data, header.bytes, 1, file) != 1))
+			fail("%s: %s is cut off", path, header.name);
+		if (strcmp(header.name, "cpuid")) {
+			take_part(vm, state, &header, data, parts, count);
+			continue;
+		}
+		state->leaves = header.bytes / sizeof(state->cpuid[0]);
+		if (state->leaves > MOST_LEAVES)
+			fail("%s: too many leaves", path);
+		memcpy(state->cpuid, data, header.bytes);
+		set_cpuid(vm, state);
+	}
+	fclose(file);
+}
+
+/* The state of a plain vCPU, or with a path the one in that file. */
+static void state_loop(unsigned long count, const char *path)
 {
 	const struct part *parts[PART_COUNT];
 	struct vm_state state;
 	uint64_t start, bytes = 0;
 	unsigned long done;
 	struct vm one, other;
+	unsigned int flags, smm;
 	int i, n;
 
 	open_vm(&one, 1);
 	open_vm(&other, 1);
 	n = prepare_parts(&one, parts);
 	prepare_parts(&other, parts);
+	if (path) {
+		load_state(&one, &state, path, parts, n);
+		set_cpuid(&other, &state);
+		memcpy(other.msrs, one.msrs,
+		       sizeof(*one.msrs) + one.msrs->nmsrs * sizeof(one.msrs->entries[0]));
+		restore(&one, &state, parts, n);
+	}
 	start = now_ns();
 	for (done = 0; done < count; done++) {
 		capture(&one, &state, parts, n);
@@ -735,24 +896,31 @@ static void state_loop(unsigned long count)
 		restore(&other, &state, parts, n);
 	}
 	start = now_ns() - start;
+	/* What it is, to be compared with what it should be. */
+	capture(&other, &state, parts, n);
+	flags = other.nested ? other.nested->flags : 0;
+	smm = other.events.smi.smm;
 	for (i = 0; i < n; i++)
 		bytes += parts[i]->bytes(&other);
 	close_vm(&one);
 	close_vm(&other);
-	printf("ok {\"done\": %lu, \"size_bytes\": %lu, \"ns\": %lu}\n", done, bytes, start);
+	printf("ok {\"done\": %lu, \"size_bytes\": %lu, \"ns\": %lu, \"nested_flags\": %u, "
+	       "\"smm\": %u}\n", done, bytes, start, flags, smm);
 }
 
 static void serve(const char *line)
 {
-	unsigned long mib, dirty, count;
-	char link[32];
+	unsigned long mib, dirty, stride, count;
+	char link[32], path[256];
 
-	if (sscanf(line, "migrate %31s %lu %lu", link, &mib, &dirty) == 3)
-		migrate(link, mib, dirty);
+	if (sscanf(line, "migrate %31s %lu %lu %lu", link, &mib, &dirty, &stride) == 4)
+		migrate(link, mib, dirty, stride);
+	else if (sscanf(line, "state %lu %255s", &count, path) == 2)
+		state_loop(count, path);
 	else if (sscanf(line, "state %lu", &count) == 1)
-		state_loop(count);
+		state_loop(count, NULL);
 	else
-		fail("a request is migrate LINK MIB DIRTY, or state COUNT");
+		fail("a request is migrate LINK MIB DIRTY STRIDE, or state COUNT [FILE]");
 }
 
 int main(void)

@@ -1,8 +1,9 @@
 """How fast machines move, against the same ioctls and copies in C (migrate_loops.c).
 
 A round is the first one: all memory that is not zero, once. The downtime is from the pause, with
-so and so many pages left, to the destination's word that it runs. Runs inside a host. Standard
-library only.
+so and so many pages left, to the destination's word that it runs; both sides also say how long its
+parts took (`live.PARTS`), and for how long the machine was held back once before. Runs inside a
+host. Standard library only.
 """
 
 from __future__ import annotations
@@ -10,27 +11,30 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from harness.bench.inside import CSide
-from harness.bench.migrate_links import LINKS, raise_loopback
+from harness.bench.migrate_links import LINKS
 from harness.bench.migrate_load import Load, NestedLoad, PlainLoad, Size, witness_of
 from harness.bench.migrate_points import POINT_NAMES, run_points
 from harness.errors import HarnessError
 from harness.facts import HostView, nested_svm
 from harness.migrate import live
+from harness.migrate.loopback import raise_loopback
 from harness.migrate.precopy import Options
 from kvm_ioctl.handles import Kvm
 
 ROUND, DOWNTIME = "migrate_round", "migrate_downtime"
-FEW, MANY = 64, 2048
-"""Pages that are left: as many as `Options.few_pages`, and of a guest that writes too much."""
+FEW: Final = "64"
+LEFT: Final = {FEW: (64, 2), "2048": (2048, 2), "16mib": (4096, 1)}
+"""Pages that are left, and how far they are apart: as many as `Options.few_pages`; many scattered
+ones; and what a guest at work dirties in the meantime, a buffer of 16 MiB."""
 
 ROUND_NAMES: Final = tuple(f"{ROUND}_{link}" for link in LINKS)
-DOWNTIME_NAMES: Final = tuple(f"{DOWNTIME}_{link}_{n}" for link in LINKS for n in (FEW, MANY))
+DOWNTIME_NAMES: Final = tuple(f"{DOWNTIME}_{link}_{left}" for link in LINKS for left in LEFT)
 MIGRATE_NAMES: Final = (*ROUND_NAMES, *DOWNTIME_NAMES, *POINT_NAMES)
 
 MOST_MIB: Final = 1024
@@ -54,6 +58,10 @@ class Figures:
     round_s: float
     rest_pages: int
     downtime_s: float
+    parts_s: Mapping[str, float]
+    """Of the downtime."""
+    held_s: float
+    """Before it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ class Bench:
 
         Raises HostError: it failed.
         """
-        request = f"migrate {link} {self.size.memory_mib} {self.size.dirty_pages}"
+        size = self.size
+        request = f"migrate {link} {size.memory_mib} {size.dirty_pages} {size.stride_pages}"
         said = json.loads(self.c_side.ask(f"migrate {link}", request))
         return Figures(
             said["pages"],
@@ -84,6 +93,8 @@ class Bench:
             said["round_ns"] / 1e9,
             said["rest_pages"],
             said["downtime_ns"] / 1e9,
+            {part: ns / 1e9 for part, ns in said["parts_ns"].items()},
+            said["held_ns"] / 1e9,
         )
 
     def in_python(self, link: str) -> Figures:
@@ -100,7 +111,15 @@ class Bench:
         if there.witness != witness_of(self.load.machine):
             raise HarnessError(f"{link}: the destination has other memory than the source")
         [first], rest = sent.rounds, sent.rest
-        return Figures(first.pages, first.size_bytes, first.seconds, rest.pages, sent.downtime_s)
+        return Figures(
+            first.pages,
+            first.size_bytes,
+            first.seconds,
+            rest.pages,
+            sent.downtime_s,
+            sent.downtime_parts_s,
+            sent.held_s,
+        )
 
     def compare(self, link: str, *, c_first: bool) -> tuple[Figures, Figures]:
         """Move both machines, one right after the other; return C's figures and Python's.
@@ -171,19 +190,26 @@ def run_migrate_benchmarks(
     """
     mib = memory_mib or fitting_mib(Path("/proc/meminfo").read_text())
     with Kvm() as kvm, CSide(base64.b64decode(executable), "migrate_loops") as c_side:
-        for dirty_pages in (FEW, MANY):
-            _run_size(emit, names, repeat, c_side, kvm, Size(mib, dirty_pages))
+        for left in LEFT:
+            _run_size(emit, names, repeat, c_side, kvm, mib, left)
         run_points(emit, names, repeat, c_side, kvm, sample_s, count)
 
 
 def _run_size(
-    emit: Callable[..., None], names: list[str], repeat: int, c_side: CSide, kvm: Kvm, size: Size
+    emit: Callable[..., None],
+    names: list[str],
+    repeat: int,
+    c_side: CSide,
+    kvm: Kvm,
+    mib: int,
+    left: str,
 ) -> None:
-    """Run what is wanted of one number of dirty pages."""
-    links = [link for link in LINKS if _wanted(names, link, size.dirty_pages)]
+    """Run what is wanted of one of `LEFT`."""
+    links = [link for link in LINKS if _wanted(names, link, left)]
     if not links:
         return
     raise_loopback()
+    size = Size(mib, *LEFT[left])
     with _opened(kvm, size) as load:
         bench = Bench(load, c_side, kvm, size)
         for link in links:
@@ -191,12 +217,13 @@ def _run_size(
             bench.compare(link, c_first=True)
             for number in range(repeat):
                 c, python = bench.compare(link, c_first=number % 2 == 0)
-                _emit(emit, names, link, bench, c, python)
+                for name in _wanted(names, link, left):
+                    _emit(emit, name, bench, c, python)
 
 
-def _wanted(names: list[str], link: str, dirty_pages: int) -> list[str]:
-    rounds = [f"{ROUND}_{link}"] if dirty_pages == FEW else []
-    return [n for n in (*rounds, f"{DOWNTIME}_{link}_{dirty_pages}") if n in names]
+def _wanted(names: list[str], link: str, left: str) -> list[str]:
+    rounds = [f"{ROUND}_{link}"] if left == FEW else []
+    return [n for n in (*rounds, f"{DOWNTIME}_{link}_{left}") if n in names]
 
 
 @contextlib.contextmanager
@@ -206,27 +233,20 @@ def _opened(kvm: Kvm, size: Size) -> Iterator[Load]:
         yield load
 
 
-def _emit(
-    emit: Callable[..., None],
-    names: list[str],
-    link: str,
-    bench: Bench,
-    c: Figures,
-    python: Figures,
-) -> None:
-    for name in _wanted(names, link, bench.size.dirty_pages):
-        side = _round if name.startswith(ROUND) else _downtime
-        ours, theirs = side(python), side(c)
-        emit(
-            "pair",
-            name=name,
-            note=bench.note,
-            unit="MiB" if side is _round else "",
-            count=max(1, ours["done"] >> 20) if side is _round else 1,
-            parts=[],
-            ours=ours,
-            theirs=theirs,
-        )
+def _emit(emit: Callable[..., None], name: str, bench: Bench, c: Figures, python: Figures) -> None:
+    is_round = name.startswith(ROUND)
+    side = _round if is_round else _downtime
+    ours, theirs = side(python), side(c)
+    emit(
+        "pair",
+        name=name,
+        note=bench.note,
+        unit="MiB" if is_round else "",
+        count=max(1, ours["done"] >> 20) if is_round else 1,
+        parts=[],
+        ours=ours,
+        theirs=theirs,
+    )
 
 
 def _round(figures: Figures) -> dict[str, Any]:
@@ -234,4 +254,9 @@ def _round(figures: Figures) -> dict[str, Any]:
 
 
 def _downtime(figures: Figures) -> dict[str, Any]:
-    return {"done": 1, "witness": figures.rest_pages, "seconds": figures.downtime_s}
+    return {
+        "done": 1,
+        "witness": figures.rest_pages,
+        "seconds": figures.downtime_s,
+        "parts_s": {**figures.parts_s, "held before": figures.held_s},
+    }

@@ -51,6 +51,13 @@ class Comparison:
         return min(self.shares()), max(self.shares())
 
     @property
+    def share_of_least(self) -> float:
+        """Their least time by our least: what is left where another load disturbs most of them."""
+        if not self.pairs:
+            raise ValueError(f"{self.name} on {self.host}: nothing was measured")
+        return min(p.theirs_s for p in self.pairs) / min(p.ours_s for p in self.pairs)
+
+    @property
     def ours_us(self) -> float:
         """The median of our times, in microseconds per round."""
         return median(pair.ours_s for pair in self.pairs) / self.count * 1e6
@@ -77,6 +84,7 @@ class Comparison:
             "share": self.share,
             "share_min": low,
             "share_max": high,
+            "share_of_least": self.share_of_least,
             "count": self.count,
             **({"unit": self.unit} if self.unit else {}),
             **({"note": self.note} if self.note else {}),

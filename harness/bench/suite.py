@@ -99,6 +99,10 @@ class PairRows:
             self._rows[row.name] = row
             self._report.rows.append(row)
         ours, theirs = data["ours"], data["theirs"]
+        for side in ("ours", "theirs"):
+            for part, seconds in data[side].get("parts_s", {}).items():
+                sides = row.details.setdefault("parts_s", {})
+                sides.setdefault(side, {}).setdefault(part, []).append(seconds)
         # C does as many rounds as Python; activities that take less time do more in a sample.
         theirs_s = theirs["seconds"] * ours["done"] / theirs["done"]
         row.pairs.append(Pair(ours["seconds"], theirs_s))

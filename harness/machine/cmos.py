@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
+from harness.machine.device_state import taking_state
 from harness.machine.memory_map import HIGH_START, LOW_LIMIT
 
+_CMOS_BYTES = 128
 _STATUS_A, _STATUS_B, _STATUS_C, _STATUS_D = 0x0A, 0x0B, 0x0C, 0x0D
 _SECONDS, _MINUTES, _HOURS, _WEEKDAY, _DAY, _MONTH, _YEAR = 0, 2, 4, 6, 7, 8, 9
 _CENTURY = 0x32
@@ -34,7 +36,7 @@ class Cmos:
     def __init__(self, ram_bytes: int, vcpus: int, now: Callable[[], float] = time.time) -> None:
         self._now = now
         self._index = 0
-        self._bytes = bytearray(128)
+        self._bytes = bytearray(_CMOS_BYTES)
         self._bytes[_STATUS_A] = _A_32_KHZ_1024_HZ
         self._bytes[_STATUS_B] = _B_24_HOURS
         self._bytes[_STATUS_D] = _D_POWER_GOOD
@@ -53,6 +55,21 @@ class Cmos:
         if port == self.ports.start:
             return 0xFF
         return self._clock().get(self._index, self._bytes[self._index])
+
+    def state(self) -> dict[str, Any]:
+        """Return what must travel with the guest, for JSON; the clock is the host's."""
+        return {"index": self._index, "bytes": self._bytes.hex()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what another one's `state` says.
+
+        Raises MachineError: it is malformed.
+        """
+        with taking_state("CMOS"):
+            index, data = int(state["index"]), bytes.fromhex(state["bytes"])
+            if index not in range(_CMOS_BYTES) or len(data) != _CMOS_BYTES:
+                raise ValueError(f"index {index}, {len(data)} bytes")
+        self._index, self._bytes = index, bytearray(data)
 
     def _clock(self) -> dict[int, int]:
         t = time.gmtime(self._now())

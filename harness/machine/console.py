@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from harness.machine.device_state import taking_state
 from harness.machine.guest_abi import DEBUG_EXIT_PORT, SERIAL_PORT
 from kvm_ioctl.records import record
 
@@ -72,6 +74,28 @@ class SerialPort:
         if register == _MSR:
             return self._modem_status()
         return self._registers[register]
+
+    def state(self) -> dict[str, Any]:
+        """Return what must travel with the guest, for JSON; what it printed stays."""
+        return {
+            "registers": self._registers.hex(),
+            "divisor": self._divisor.hex(),
+            "looped_back": self._received,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what another one's `state` says.
+
+        Raises MachineError: it is malformed.
+        """
+        with taking_state(f"UART {self.base:#x}"):
+            registers, divisor = bytes.fromhex(state["registers"]), bytes.fromhex(state["divisor"])
+            looped_back = state["looped_back"]
+            if looped_back is not None:
+                looped_back = bytes([looped_back])[0]
+            self._registers[:] = registers.ljust(8, b"\0")[:8]
+            self._divisor[:] = divisor.ljust(2, b"\0")[:2]
+            self._received = looped_back
 
     def _modem_status(self) -> int:
         """Return the modem lines; drivers loop them back to find out whether there is a UART."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
+from harness.machine.device_state import taking_state
 from harness.machine.errors import MachineError
 from harness.machine.memory_map import MemoryRange
 
@@ -47,14 +48,32 @@ class FwCfg:
 
     def __init__(self, items: Mapping[int, bytes], files: Mapping[str, bytes]) -> None:
         self._items = {**items, **_file_items(files)}
+        self._key = 0
         self._selected = b""
         self._next = 0
 
     def write(self, port: int, size_bytes: int, value: int) -> None:
         """Select an item; an unknown one reads as zeroes. Writes to the data port are lost."""
         if port == self.ports.start and size_bytes == 2:
-            self._selected = self._items.get(value, b"")
-            self._next = 0
+            self._select(value)
+
+    def _select(self, key: int, at: int = 0) -> None:
+        self._key, self._selected, self._next = key, self._items.get(key, b""), at
+
+    def state(self) -> dict[str, Any]:
+        """Return what must travel with the guest, for JSON: how far it has read what."""
+        return {"key": self._key, "next": self._next}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what another one's `state` says; the items are those of this machine.
+
+        Raises MachineError: it is malformed.
+        """
+        with taking_state("fw_cfg"):
+            key, at = int(state["key"]), int(state["next"])
+            if key < 0 or at < 0:
+                raise ValueError(f"key {key}, next byte {at}")
+        self._select(key, at)
 
     def read(self, port: int, size_bytes: int) -> int:
         """Return the next byte of the selected item, zero past its end."""

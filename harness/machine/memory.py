@@ -103,7 +103,7 @@ class GuestMemory:
         """
         with self.lock:
             self._check_place(gpa, size_bytes, as_id)
-            backing = _huge(gpa, size_bytes) if huge else _anonymous(size_bytes)
+            backing = huge_mapping(gpa, size_bytes) if huge else _anonymous(size_bytes)
             try:
                 for option in advice:
                     backing.madvise(option)
@@ -329,7 +329,7 @@ def _anonymous(size_bytes: int) -> mmap.mmap:
     return mmap.mmap(-1, size_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def _huge(gpa: int, size_bytes: int) -> mmap.mmap:
+def huge_mapping(gpa: int, size_bytes: int) -> mmap.mmap:
     """Return memory that KVM can map by huge pages: as far from such a boundary as `gpa` is.
 
     (kvm_alloc_memslot_metadata: others count as disallow_lpage.) There is no way to ask for an

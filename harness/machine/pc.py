@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from harness.machine.addresses import Gpa
 from harness.machine.cmos import Cmos
 from harness.machine.console import PortBus
 from harness.machine.cpuid import CpuidPolicy, find_leaf
+from harness.machine.device_state import StatefulDevice, taking_state
 from harness.machine.entry import reserved_memory
 from harness.machine.fw_cfg import pc_fw_cfg
 from harness.machine.guest_abi import SERIAL_PORT
@@ -101,6 +102,24 @@ class Pc(Machine):
             kept = data[: len(self.test_memory) - at]
             self.test_memory[at : at + len(kept)] = kept
 
+    def device_state(self) -> dict[str, Any]:
+        """Return what the devices outside the kernel hold, for JSON."""
+        states = {name: device.state() for name, device in self._stateful.items()}
+        return {**states, "test_memory": self.test_memory.rstrip(b"\0").hex()}
+
+    def restore_devices(self, state: dict[str, Any]) -> None:
+        """Give the devices what another machine's `device_state` says.
+
+        Raises MachineError: it is malformed.
+        """
+        for name, device in self._stateful.items():
+            device.restore(state.get(name, {}))
+        with taking_state("pc-testdev's memory"):
+            kept = bytes.fromhex(state["test_memory"])
+            if len(kept) > len(TEST_MEMORY):
+                raise ValueError(f"{len(kept)} bytes")
+            self.test_memory[:] = kept.ljust(len(TEST_MEMORY), b"\0")
+
     def _cpuid_edit(self, kvm: Kvm) -> Callable[[list[kvm_cpuid_entry2]], None]:
         """Return how KVM's CPUID is changed for this PC."""
         return _add_what_the_irqchip_gives(kvm)
@@ -109,16 +128,25 @@ class Pc(Machine):
         fw_cfg = pc_fw_cfg(
             self._vcpu_count, self._ram_bytes, self._memory_map(), self._command_line
         )
-        return PcBus(
+        cmos, latch = Cmos(self._ram_bytes, self._vcpu_count), LatchPorts()
+        bus = PcBus(
             [
                 fw_cfg,
-                Cmos(self._ram_bytes, self._vcpu_count),
+                cmos,
                 KeyboardController(),
                 SystemControl(),
-                LatchPorts(),
+                latch,
                 IrqLines(lambda line, level: self.vm.irq_line(line, level)),
             ]
         )
+        self._stateful: dict[str, StatefulDevice] = {
+            "fw_cfg": fw_cfg,
+            "cmos": cmos,
+            "latch": latch,
+            "com1": bus.serial,
+        }
+        """Those outside the kernel that a guest changes, by what their state is called."""
+        return bus
 
     def _ram(self, size_bytes: int) -> list[MemoryRange]:
         return ram_ranges(size_bytes)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from harness.machine.console import GuestExit, PortBus, PortOut
+from harness.machine.device_state import taking_state
 
 
 class PortDevice(Protocol):
@@ -43,6 +44,21 @@ class LatchPorts:
         """Return what was last written to these ports."""
         at = port - self.ports.start
         return int.from_bytes(self._latch[at : at + size_bytes].ljust(size_bytes, b"\0"), "little")
+
+    def state(self) -> dict[str, Any]:
+        """Return what must travel with the guest, for JSON."""
+        return {"latch": self._latch.hex()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Become what another one's `state` says.
+
+        Raises MachineError: it is malformed.
+        """
+        with taking_state("pc-testdev"):
+            latch = bytes.fromhex(state["latch"])
+            if len(latch) != len(self._latch):
+                raise ValueError(f"{len(latch)} bytes")
+            self._latch[:] = latch
 
 
 class IrqLines:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from harness.machine.console import SerialPort
-from harness.machine.errors import MachineError
+from harness.machine.device_state import taking_state
 
 COM1_PORT: Final = 0x3F8
 COM1_IRQ: Final = 4
@@ -24,7 +24,6 @@ _FCR_ENABLE, _FCR_CLEAR_RECEIVER = 0x01, 0x02
 _LCR_DLAB = 0x80
 _MCR_OUT2, _MCR_LOOP = 0x08, 0x10
 _LSR_DATA_READY = 0x01
-_STATE_FIELDS = ("registers", "divisor", "received", "fifos", "transmitter_empty")
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,7 @@ class Uart(SerialPort):
         """Return what must travel with the guest, for JSON; what it printed stays."""
         with self._lock:
             return {
-                "registers": self._registers.hex(),
-                "divisor": self._divisor.hex(),
+                **super().state(),
                 "received": list(self._queue),
                 "fifos": self._fifos,
                 "transmitter_empty": self._empty_pending,
@@ -120,18 +118,12 @@ class Uart(SerialPort):
 
         Raises MachineError: it is malformed.
         """
-        try:
-            registers, divisor, received, fifos, empty = (state[name] for name in _STATE_FIELDS)
-            with self._lock:
-                self._registers[:] = bytes.fromhex(registers).ljust(8, b"\0")[:8]
-                self._divisor[:] = bytes.fromhex(divisor).ljust(2, b"\0")[:2]
-                self._queue = deque(bytes(received))
-                self._fifos, self._empty_pending = bool(fifos), bool(empty)
-                self._level = self._wanted_level()
-        except (KeyError, TypeError, ValueError) as e:
-            raise MachineError(
-                f"UART {self.base:#x}: malformed state ({type(e).__name__}: {e})"
-            ) from None
+        with taking_state(f"UART {self.base:#x}"), self._lock:
+            received = deque(bytes(state["received"]))
+            fifos, empty = bool(state["fifos"]), bool(state["transmitter_empty"])
+            super().restore(state)
+            self._queue, self._fifos, self._empty_pending = received, fifos, empty
+            self._level = self._wanted_level()
 
     def _transmit(self, value: int) -> None:
         if self._registers[_MCR] & _MCR_LOOP:

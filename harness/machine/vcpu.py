@@ -192,6 +192,10 @@ class MachineVcpu:
         self.vcpu, other.vcpu = other.vcpu, self.vcpu
         self._vm, other._vm = other._vm, self._vm
 
+    def connect(self, bus: PortBus) -> None:
+        """Have the devices of another bus answer from now on."""
+        self._bus = bus
+
     def kick(self) -> None:
         """Stop the run that another thread is in: it returns `Kicked`. Without one, nothing."""
         self._kicked = True

@@ -7,22 +7,26 @@ from typing import Any, Final
 
 from harness.migrate import fingerprint
 from harness.migrate.errors import StreamError
-from harness.migrate.parts import check_parts
+from harness.migrate.parts import Part, check_like, check_parts
 from harness.migrate.sections import (
     HEAD,
     LONGEST,
+    NUMBER,
+    PREP,
     SIDE,
     VCPU,
     VMST,
+    Mould,
     Section,
     parse_json,
+    unpack_number,
     unpack_parts,
     unpack_side,
-    unpack_vcpu,
 )
 from harness.migrate.shape import Shape
-from harness.migrate.state import VM_PARTS, MachineState
+from harness.migrate.state import MachineState
 from harness.migrate.vcpu_parts import VCPU_PARTS
+from harness.migrate.vm_parts import VM_PARTS
 
 MAX_SIDES: Final = 1024
 MAX_SIDES_BYTES: Final = LONGEST[SIDE]
@@ -39,6 +43,9 @@ class Contents:
         self._shape: Shape | None = None
         self._vm: dict[str, bytes] = {}
         self._vcpus: list[dict[str, bytes]] = []
+        self.early: list[dict[str, bytes]] = []
+        """What came beforehand: the parts of the vCPUs, and after them the VM's."""
+        self._moulds: list[Mould] = []
         self._sides_bytes = 0
 
     @property
@@ -60,10 +67,11 @@ class Contents:
         if section.tag == HEAD:
             self._head(section)
         elif section.tag == VMST:
-            self._vm = unpack_parts(section, 0, VM_PARTS)
-            check_parts(section.where, self._vm, VM_PARTS, self.shape.irqchip)
+            self._vm = self._parts(section, self.shape.vcpus, 0)
         elif section.tag == VCPU:
             self._vcpu(section)
+        elif section.tag == PREP:
+            self._prepare(section)
         elif section.tag == SIDE:
             self._side(section)
 
@@ -84,13 +92,35 @@ class Contents:
         self._shape = Shape.from_json(head["shape"])
 
     def _vcpu(self, section: Section) -> None:
-        number, parts = unpack_vcpu(section, VCPU_PARTS)
-        if number != len(self._vcpus):
-            raise StreamError(f"{section.where}: vCPU {number}, {len(self._vcpus)} is next")
-        if number >= self.shape.vcpus:
+        number = self._number(section, len(self._vcpus), self.shape.vcpus - 1)
+        self._vcpus.append(self._parts(section, number, NUMBER.size))
+
+    def _prepare(self, section: Section) -> None:
+        number = self._number(section, len(self.early), self.shape.vcpus)
+        parts = self._parts(section, number, NUMBER.size)
+        self.early.append(parts)
+        self._moulds.append(Mould(parts))
+
+    def _number(self, section: Section, due: int, most: int) -> int:
+        """Return whose parts a section has: a vCPU's, or after the last one the VM's."""
+        number = unpack_number(section)
+        if number != due:
+            raise StreamError(f"{section.where}: vCPU {number}, {due} is next")
+        if number > most:
             raise StreamError(f"{section.where}: the machine has {self.shape.vcpus} vCPUs")
-        check_parts(section.where, parts, VCPU_PARTS, self.shape.irqchip)
-        self._vcpus.append(parts)
+        return number
+
+    def _parts(self, section: Section, number: int, at: int) -> dict[str, bytes]:
+        """Return the parts of a section, checked; quickly, if they are like those of its PREP."""
+        known: Mapping[str, Part] = VM_PARTS if number == self.shape.vcpus else VCPU_PARTS
+        if number < len(self._moulds):
+            parts = self._moulds[number].split(section.body, at)
+            if parts is not None:
+                check_like(section.where, parts, known)
+                return parts
+        parts = unpack_parts(section, at, known)
+        check_parts(section.where, parts, known, self.shape.irqchip)
+        return parts
 
     def _side(self, section: Section) -> None:
         self._sides_bytes += len(section.body)

@@ -12,9 +12,9 @@ from harness.machine.machine import Machine
 from harness.machine.memory import PAGE_SIZE
 from harness.migrate.fields import Fields, Value, state_fields
 from harness.migrate.memory_image import not_zero, populated
+from harness.migrate.msrs_part import AFTER_RESET
 from harness.migrate.shape import backings_of
 from harness.migrate.state import MachineState
-from harness.migrate.vcpu_parts import AFTER_RESET
 
 TIME: Final[Mapping[str, str]] = {
     r"vcpu\d+\.msrs\.0x10": "MSR_IA32_TSC goes on while a machine is moved",

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import re
+import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
 from harness.machine.errors import MachineError
 from harness.machine.machine import Machine
 from harness.machine.memory import PAGE_SIZE, Slot, SlotPage
+from harness.migrate.memory_image import CHUNK_BYTES, PageBits, bits_of_pages, join_bits
 from harness.migrate.shape import backings_of
 from kvm_ioctl.capabilities import Cap
-from kvm_ioctl.linux_kvm import DirtyLogProtect, MemFlags
+from kvm_ioctl.handles import Vm
+from kvm_ioctl.linux_kvm import DirtyLogProtect, MemFlags, kvm_clear_dirty_log, kvm_dirty_log
+from kvm_ioctl.vm import dirty_bitmap_bytes, slot_id
 
-DirtyPages = dict[int, set[int]]
-"""Page numbers by the number of their mapping (`Shape.backings`)."""
+DirtyPages = dict[int, PageBits]
+"""By the number of their mapping (`Shape.backings`)."""
 
-_PIECE_BYTES: Final = 512
-_NOTHING: Final = bytes(_PIECE_BYTES)
+_MUCH_BYTES: Final = 8 * CHUNK_BYTES
+_NOTHING: Final = bytes(_MUCH_BYTES)
 """A piece of a bitmap without a bit; most are, and comparing is the fastest way to find out."""
-_NOT_ZERO: Final = re.compile(rb"[^\0]+")
-"""Finds the few bytes of a piece that say anything."""
-_BITS: Final = tuple(tuple(n for n in range(8) if byte >> n & 1) for byte in range(256))
-"""The numbers of the bits that are set, by byte."""
 
-SlotPages = tuple[int, int, Iterable[int]]
+SlotPages = tuple[int, int, PageBits]
 """The address space, the number of a slot, and pages in it."""
 
 
@@ -75,16 +75,20 @@ class DirtyTracker(ABC):
         finally:
             self.machine.memory.forget_writes()
 
-    def collect(self) -> DirtyPages:
+    def collect(self, *, last: bool = False) -> DirtyPages:
         """Return the pages written since the last call, or since the beginning.
 
         What is read of them after this is what they held now or later; a later write is found by
         the next call.
 
+        Args:
+            last: there is no next call, which saves time.
+
         Raises MachineError: one is in a slot that was not there when this began.
+
         """
         pages: DirtyPages = {}
-        self._add(pages, self._take())
+        self._add(pages, self._take(last))
         self._add(pages, _by_one(self.machine.memory.take_written()))
         return pages
 
@@ -105,15 +109,15 @@ class DirtyTracker(ABC):
             backing = self._backings.get((as_id, number))
             if backing is None:
                 raise MachineError(f"slot {number} (as_id {as_id}) came while pages were tracked")
-            pages.setdefault(backing, set()).update(some)
+            join_bits(pages.setdefault(backing, {}), some)
 
     @abstractmethod
     def _switch(self, on: bool) -> None:
         """Tell the VM what is coming, or take that back."""
 
     @abstractmethod
-    def _take(self) -> Iterable[SlotPages]:
-        """Return what KVM found, and have it begin anew."""
+    def _take(self, last: bool) -> Iterable[SlotPages]:
+        """Return what KVM found, and have it begin anew unless this is the last time."""
 
 
 class DirtyLog(DirtyTracker):
@@ -147,16 +151,52 @@ class DirtyLog(DirtyTracker):
             how = DirtyLogProtect.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE if on else 0
             self.machine.vm.enable_cap(Cap.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, args=(how,))
 
-    def _take(self) -> Iterator[SlotPages]:
-        vm = self.machine.vm
-        for slot in self._tracked():
-            count = slot.size_bytes // PAGE_SIZE
-            bitmap = vm.get_dirty_log(slot.number, count, slot.as_id)
-            if bitmap.count(0) == len(bitmap):
+    def _flag_slots(self) -> None:
+        super()._flag_slots()
+        self._logs = [_Log.of(self.machine.vm, slot) for slot in self._tracked()]
+
+    def _take(self, last: bool) -> Iterator[SlotPages]:
+        there = {(slot.as_id, slot.number) for slot in self._tracked()}
+        for log in self._logs:
+            if log.key not in there:
                 continue
-            if self.manual:
-                vm.clear_dirty_log(slot.number, bitmap, count, as_id=slot.as_id)
-            yield slot.as_id, slot.number, set_bits(bitmap)
+            if found := log.read():
+                if self.manual and not last:
+                    log.clear()
+                yield *log.key, found
+
+
+@dataclass(frozen=True)
+class _Log:
+    """The dirty log of one slot, ready to be read again and again."""
+
+    key: tuple[int, int]
+    """The address space and the number of the slot."""
+    bitmap: bytearray
+    get: Callable[[], int]
+    clear: Callable[[], int]
+    """Has what was read write-protected again."""
+
+    @classmethod
+    def of(cls, vm: Vm, slot: Slot) -> _Log:
+        """Return that of a slot; KVM is asked nothing yet."""
+        pages = slot.size_bytes // PAGE_SIZE
+        bitmap = bytearray(dirty_bitmap_bytes(pages))
+        at = ctypes.addressof(ctypes.c_char.from_buffer(bitmap))
+        number = slot_id(slot.number, slot.as_id)
+        get = kvm_dirty_log(slot=number, dirty_bitmap=at)
+        clear = kvm_clear_dirty_log(slot=number, num_pages=pages, dirty_bitmap=at)
+        return cls(
+            (slot.as_id, slot.number),
+            bitmap,
+            vm.bind(vm.KVM_GET_DIRTY_LOG, get),
+            vm.bind(vm.KVM_CLEAR_DIRTY_LOG, clear),
+        )
+
+    def read(self) -> PageBits:
+        """Return the pages that were written."""
+        self.get()
+        return bits_of(self.bitmap)
 
 
 class DirtyRing(DirtyTracker):
@@ -176,7 +216,7 @@ class DirtyRing(DirtyTracker):
         # What is still queued is of the time before, or for nobody.
         self._rings.take()
 
-    def _take(self) -> Iterable[SlotPages]:
+    def _take(self, last: bool) -> Iterable[SlotPages]:
         return _by_one(self._rings.take())
 
 
@@ -191,28 +231,33 @@ def tracker_of(machine: Machine, tracking: Tracking | None = None) -> DirtyTrack
 
 
 def _by_one(pages: Iterable[SlotPage]) -> Iterator[SlotPages]:
+    """Put the pages of each slot together."""
+    by_slot: dict[tuple[int, int], list[int]] = {}
     for as_id, number, page in pages:
-        yield as_id, number, (page,)
+        by_slot.setdefault((as_id, number), []).append(page)
+    for key, some in by_slot.items():
+        yield *key, bits_of_pages(some)
 
 
-def set_bits(bitmap: bytes | bytearray) -> Iterator[int]:
-    """Yield the numbers of the bits that are set, in ascending order; bit 0 of byte 0 is 0."""
-    for at in range(0, len(bitmap), _PIECE_BYTES):
-        piece = bitmap[at : at + _PIECE_BYTES]
+def bits_of(bitmap: bytes | bytearray) -> PageBits:
+    """Return the pages of a bitmap; page 0 is bit 0 of byte 0."""
+    found: PageBits = {}
+    for much in range(0, len(bitmap), _MUCH_BYTES):
+        piece = bitmap[much : much + _MUCH_BYTES]
         if piece == _NOTHING[: len(piece)]:
             continue
-        for found in _NOT_ZERO.finditer(piece):
-            first = 8 * (at + found.start())
-            some = enumerate(found[0])
-            yield from [first + 8 * n + bit for n, byte in some for bit in _BITS[byte]]
+        for at in range(0, len(piece), CHUNK_BYTES):
+            if bits := int.from_bytes(piece[at : at + CHUNK_BYTES], "little"):
+                found[(much + at) // CHUNK_BYTES] = bits
+    return found
 
 
 def count(pages: DirtyPages) -> int:
     """Return how many pages there are."""
-    return sum(map(len, pages.values()))
+    return sum(bits.bit_count() for chunks in pages.values() for bits in chunks.values())
 
 
 def join(pages: DirtyPages, more: DirtyPages) -> None:
     """Add pages to others."""
     for number, found in more.items():
-        pages.setdefault(number, set()).update(found)
+        join_bits(pages.setdefault(number, {}), found)

@@ -7,8 +7,9 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from harness.migrate.state import VM_PARTS, MachineState
+from harness.migrate.state import MachineState
 from harness.migrate.vcpu_parts import VCPU_PARTS, entries_of
+from harness.migrate.vm_parts import VM_PARTS
 from harness.svm.vmcb import VMCB_SIZE, vmcb
 from kvm_ioctl.asm_kvm import (
     NestedFormat,

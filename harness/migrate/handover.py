@@ -6,6 +6,8 @@ messages::
     source                          destination
     start, HEAD               ->
                               <-    WELCOME    there is a VM of this shape
+    PAGE, ..., PREP           ->
+                              <-    PREPARED   nothing is left to be read or to be made ready
     PAGE, ..., DONE           ->
                               <-    READY      everything is restored; nothing has run
     COMMIT                    ->               the source has given its VM up
@@ -14,6 +16,9 @@ messages::
 Instead of any of its messages, at any time before COMMIT, the destination may say REFUSED with a
 reason, and has nothing any more then. It may even say so afterwards, if COMMIT came too late: it
 never does once it has taken the machine. The source says no to everything by closing the link.
+
+Before PREPARED the machine runs, and the source waits; from then on it may be stopped at any time,
+and no more happens at the destination than has to.
 
 A message is its length (4 bytes, little-endian), the CRC-32 of what follows (4), and a JSON object:
 `{"say": "REFUSED", "why": "..."}`, `why` being there for REFUSED only.
@@ -48,6 +53,7 @@ class Say(Enum):
 
     WELCOME = "WELCOME"
     REFUSED = "REFUSED"
+    PREPARED = "PREPARED"
     READY = "READY"
     COMMIT = "COMMIT"
     RUNNING = "RUNNING"
@@ -66,9 +72,19 @@ class Message:
 
     def encode(self) -> bytes:
         """Return it as it travels."""
+        if not self.why:
+            return _WITHOUT_REASON[self.say]
+        return self._encoded()
+
+    def _encoded(self) -> bytes:
         data = {"say": self.say.value} | ({"why": self.why[:_LONGEST_REASON]} if self.why else {})
         body = json.dumps(data).encode()
         return _HEADER.pack(len(body), zlib.crc32(body)) + body
+
+
+_WITHOUT_REASON: Final = {say: Message(say)._encoded() for say in Say}
+"""What is said while a machine stands still; made beforehand, and known again by its bytes."""
+_HEARD: Final = {data[_HEADER.size :]: Message(say) for say, data in _WITHOUT_REASON.items()}
 
 
 def put(link: Link, say: Say, why: str = "") -> None:
@@ -87,7 +103,7 @@ def take(link: Link) -> Message:
     body = _exactly(link, size)
     if zlib.crc32(body) != crc:
         raise StreamError(f"{link.name} sent a message with a wrong checksum")
-    return _decoded(link, body)
+    return _HEARD.get(body) or _decoded(link, body)
 
 
 def expect(link: Link, say: Say) -> None:

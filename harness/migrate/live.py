@@ -20,9 +20,8 @@ the first two cases the source's vCPUs stay where they are. `handover` has the p
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from harness.machine.errors import MachineError
@@ -35,9 +34,10 @@ from harness.migrate.links import Cancel, Link
 from harness.migrate.orders import DEFAULT
 from harness.migrate.precopy import Options, PacedSink, PreCopy, Round
 from harness.migrate.same_process import DestinationEnd, SourceEnd
-from harness.migrate.sections import HEAD, PAGE
-from harness.migrate.shape import Shape
-from harness.migrate.state import MachineState, capture
+from harness.migrate.sections import HEAD, PAGE, PREP, VMST
+from harness.migrate.shape import wants_whole_events
+from harness.migrate.standstill import NO_COLLECTION, Laps
+from harness.migrate.state import MachineState, Snapshot, StateReader
 from harness.migrate.stream import StreamReader, StreamWriter
 from harness.migrate.transfer import Loaded, Loader, write_head, write_state
 from kvm_ioctl.handles import Kvm
@@ -46,6 +46,17 @@ from kvm_ioctl.request import KvmError
 
 Sides = Callable[[], Mapping[str, Any]]
 """Returns what the machine's user needs to go on, by name; called while the machine is paused."""
+
+PARTS: Final = {
+    "state": "pending I/O is finished, and KVM says what it knows",
+    "memory": "the dirty log is read, and the pages are on their way",
+    "stream": "the state is packed and on its way",
+    "restore": "the destination reads it all, puts it into its VM and says READY",
+    "commit": "the source says COMMIT and the destination RUNNING",
+}
+"""What happens while the machine stands still, in this order."""
+
+_OTHER_FLAGS: Final = ~int(MemFlags.KVM_MEM_LOG_DIRTY_PAGES)
 
 _LAST_WORDS_S: Final = 1.0
 """How long a broken link is listened to for the reason."""
@@ -68,6 +79,10 @@ class Sent:
     """All that went over the link."""
     downtime_s: float
     """From the vCPUs being held back to the destination's RUNNING."""
+    downtime_parts_s: Mapping[str, float]
+    """What it is the sum of: see `PARTS`."""
+    held_s: float
+    """For so long the vCPUs were held back once before, for the destination to be prepared."""
 
     def exchange(self, other: Machine) -> None:
         """Go on with what the destination made of it, in this process; `other` has the old VM.
@@ -119,7 +134,7 @@ class _Sending:
     def __init__(self, machine: Machine, link: Link, options: Options, cancel: Cancel) -> None:
         self.machine, self.link, self.options, self.cancel = machine, link, options, cancel
         self.sink = PacedSink(link, options.bytes_per_s, cancel, self._hear_refusal)
-        self.shape = _untracked(machine)
+        self.places = _places(machine)
         self.committed = False
 
     def run(self, sides: Sides | None, stop: Callable[[], None] | None) -> Sent:
@@ -134,52 +149,99 @@ class _Sending:
                 copy = PreCopy(self.machine, writer, tracker, self.options)
                 with self._talking("sending memory", stall_s=self.options.stall_s):
                     copy.run()
+                reader, held_s = self._prepare(writer, copy)
+                with self._talking("sending memory", stall_s=self.options.stall_s):
+                    copy.run_on()
                     if isinstance(self.link, SourceEnd):
                         self.link.catch_up()
                 if stop is not None:
                     stop()
-                self.machine.pause(self.options.pause_s)
-                paused.callback(self.machine.resume)
-                stopped = time.monotonic()
-                self.sink.bytes_per_s = None
-                with self._talking("sending the rest", stall_s=self.options.stall_s):
-                    state = capture(self.machine)
-                    given = sides() if sides else {}
-                    copy.finish()
-                self._check_shape()
-                with (
-                    self._talking("sending the state", stall_s=self.options.stall_s),
-                    writer.gathered(),
-                ):
-                    write_state(writer, state)
-                    for name, data in given.items():
-                        writer.side(name, data)
-                    writer.done()
-                with self._talking("waiting for READY", within_s=self.options.ready_s):
-                    expect(self.link, Say.READY)
-                self.cancel.check()
-                self._commit(paused.pop_all())
+                with NO_COLLECTION:
+                    self.machine.pause(self.options.pause_s)
+                    paused.callback(self.machine.resume)
+                    laps = Laps()
+                    snapshot = self._send_rest(writer, reader, copy, sides, laps)
+                    with self._talking("waiting for READY", within_s=self.options.ready_s):
+                        expect(self.link, Say.READY)
+                    laps.end("restore")
+                    self.cancel.check()
+                    self._commit(paused.pop_all(), laps)
                 # The tracking ends after that: the slots of a machine that is gone can wait.
-                downtime_s = time.monotonic() - stopped
         *rounds, rest = copy.rounds
         return Sent(
             self.machine,
-            state,
+            snapshot.state(),
             tuple(rounds),
             rest,
             copy.converged,
             self.link.sent_bytes,
-            downtime_s,
+            laps.whole_s,
+            laps.seconds,
+            held_s,
         )
 
-    def _commit(self, paused: contextlib.ExitStack) -> None:
-        """Give the machine away; `paused` is only left if the destination cannot have it."""
+    def _prepare(self, writer: StreamWriter, copy: PreCopy) -> tuple[StateReader, float]:
+        """Have all made ready at both ends; also return for how many seconds vCPUs were held back.
+
+        They have to be: KVM says nothing of a vCPU that runs. All is done as when the machine is
+        stopped, for what was not done for long takes several times as long: caches are cold.
+        """
+        with self.machine.paused(self.options.pause_s):
+            held = Laps()
+            wants_whole_events(self.machine.vm)
+            reader = StateReader(self.machine)
+            found = self._capture(reader)
+            held.end("rehearsal")
+        with self._talking("waiting for PREPARED", within_s=self.options.ready_s):
+            with writer.gathered():
+                copy.rehearse()
+                for number, packed in enumerate((*found.vcpus, found.vm)):
+                    writer.prepare(number, packed)
+            expect(self.link, Say.PREPARED)
+        return reader, held.whole_s
+
+    def _capture(self, reader: StateReader) -> Snapshot:
+        for runner in self.machine.vcpus:
+            runner.finish_io()
+        return reader.read()
+
+    def _send_rest(
+        self,
+        writer: StreamWriter,
+        reader: StateReader,
+        copy: PreCopy,
+        sides: Sides | None,
+        laps: Laps,
+    ) -> Snapshot:
+        """Send all that the destination does not have, the machine being stopped."""
+        self.sink.bytes_per_s = None
+        with (
+            self._talking("sending the rest", stall_s=self.options.stall_s),
+            writer.gathered(),
+        ):
+            snapshot = self._capture(reader)
+            laps.end("state")
+            given = sides() if sides else {}
+            copy.finish()
+            laps.end("memory")
+            if _places(self.machine) != self.places:
+                raise MachineError("memory slots came or went while the machine was being sent")
+            write_state(writer, snapshot)
+            for name, data in given.items():
+                writer.side(name, data)
+            writer.done()
+        laps.end("stream")
+        return snapshot
+
+    def _commit(self, paused: contextlib.ExitStack, laps: Laps) -> None:
+        """Give the machine away; it is only resumed if the destination cannot have it."""
         whole = self.link.sent_bytes + len(Message(Say.COMMIT).encode())
         self.committed = True
         try:
             with self.link.during("handing over", within_s=self.options.commit_s):
                 put(self.link, Say.COMMIT)
                 expect(self.link, Say.RUNNING)
+            laps.end("commit")
         except Refused:
             paused.close()
             raise
@@ -222,15 +284,13 @@ class _Sending:
             with contextlib.suppress(*unimportant):
                 tracker.__exit__()
 
-    def _check_shape(self) -> None:
-        if _untracked(self.machine) != self.shape:
-            raise MachineError("memory slots came or went while the machine was being sent")
 
-
-def _untracked(machine: Machine) -> Shape:
-    """Return a machine's shape without the flags that tracking sets."""
-    shape, log = Shape.of(machine), MemFlags.KVM_MEM_LOG_DIRTY_PAGES
-    return replace(shape, slots=tuple(replace(s, flags=s.flags & ~log) for s in shape.slots))
+def _places(machine: Machine) -> list[tuple[int, ...]]:
+    """Return where a machine's memory is, whatever is tracked of it."""
+    return [
+        (slot.as_id, slot.number, slot.gpa, id(slot.backing), int(slot.flags) & _OTHER_FLAGS)
+        for slot in machine.memory.all_slots()
+    ]
 
 
 @dataclass
@@ -315,11 +375,11 @@ def receiving(
 ) -> Generator[None, None, Received]:
     """Do what `receive` does, yielding wherever the source has to do something first."""
     limits = patience or Patience()
-    with link:
+    with link, contextlib.ExitStack() as quiet:
         yield
         try:
             with Loader(kvm, order=order, dirty_ring_bytes=dirty_ring_bytes) as loader:
-                loaded = yield from _load(link, loader, limits, cancel)
+                loaded = yield from _load(link, loader, limits, cancel, quiet)
             with contextlib.ExitStack() as made:
                 made.callback(loaded.machine.close)
                 with link.during("waiting for COMMIT", within_s=limits.commit_s, cancel=cancel):
@@ -336,20 +396,30 @@ def receiving(
 
 
 def _load(
-    link: Link, loader: Loader, limits: Patience, cancel: Cancel | None
+    link: Link,
+    loader: Loader,
+    limits: Patience,
+    cancel: Cancel | None,
+    quiet: contextlib.ExitStack,
 ) -> Generator[None, None, Loaded]:
     came = None
     if isinstance(link, DestinationEnd):
-        link.place, came = loader.place, link.came
+        link.place, came = loader.memory, link.came
     with link.during("receiving the machine", stall_s=limits.stall_s, cancel=cancel):
         for section in StreamReader(link, loader.place, came).sections():
             loader.take(section)
             if section.tag == HEAD:
                 put(link, Say.WELCOME)
                 yield
-            elif came is not None and section.tag == PAGE and not link.has_input():
-                # The source goes on in this thread, and stops the machine next.
+            elif section.tag == VMST:
+                # The source stands still.
+                quiet.enter_context(NO_COLLECTION)
+            elif section.tag == PREP and loader.is_prepared:
                 loader.rehearse()
+                put(link, Say.PREPARED)
+                yield
+            elif came is not None and section.tag == PAGE and not link.has_input():
+                # The source goes on in this thread.
                 yield
         return loader.finish()
 

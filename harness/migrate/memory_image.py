@@ -6,10 +6,16 @@ import ctypes
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator
+import struct
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain, compress
+from operator import sub
 from typing import Final, NamedTuple
 
 from harness.machine.memory import PAGE_SIZE
+from kvm_ioctl.batch import copy_pages
 
 BATCH_PAGES: Final = 256
 """The most pages that travel together; 1 MiB."""
@@ -28,6 +34,14 @@ _MEMORY_VIEW.restype = ctypes.py_object
 
 # One byte a page, looked at by what is written in C: memory has hundreds of thousands.
 _PIECES: Final = re.compile(rb"[^\0]{1,%d}" % BATCH_PAGES)
+
+_FLAGS: Final = bytes(byte == ord("1") for byte in range(256))
+
+CHUNK_BYTES: Final = 512
+CHUNK_PAGES: Final = 8 * CHUNK_BYTES
+
+PageBits = dict[int, int]
+"""A set of pages: by the number of a chunk of `CHUNK_PAGES`, bit n is its page n; no int is 0."""
 
 Span = tuple[int, int]
 """Pages that follow one another: the number of the first one in the mapping, and how many."""
@@ -48,6 +62,10 @@ class Batch(NamedTuple):
     def size_bytes(self) -> int:
         """How many bytes they have."""
         return self.pages * PAGE_SIZE
+
+    def table(self) -> bytes:
+        """Return the spans as they travel: 8 bytes for each number, little-endian."""
+        return struct.pack(f"<{2 * len(self.spans)}Q", *chain.from_iterable(self.spans))
 
     def views(self, memory: memoryview) -> list[memoryview]:
         """Return the pages of each span.
@@ -131,6 +149,61 @@ def spans(pages: Iterable[int]) -> Iterator[Span]:
         yield first, count
 
 
+def bits_of_pages(pages: Iterable[int]) -> PageBits:
+    """Return pages as bits."""
+    found: PageBits = {}
+    for page in pages:
+        chunk, bit = divmod(page, CHUNK_PAGES)
+        found[chunk] = found.get(chunk, 0) | 1 << bit
+    return found
+
+
+def pages_of_bits(pages: PageBits) -> Iterator[int]:
+    """Yield pages, in ascending order."""
+    for chunk, bits in sorted(pages.items()):
+        yield from _numbers(chunk, bits)
+
+
+def join_bits(pages: PageBits, more: PageBits) -> None:
+    """Add pages to others."""
+    for chunk, bits in more.items():
+        pages[chunk] = pages.get(chunk, 0) | bits
+
+
+def spans_of_bits(pages: PageBits) -> list[Span]:
+    """Return the same as spans of at most `BATCH_PAGES`; none goes on in another chunk."""
+    found: list[Span] = []
+    for chunk, bits in sorted(pages.items()):
+        # A span begins where the bit below is clear; it ends at the next bit that is clear.
+        firsts = _numbers(chunk, bits & ~(bits << 1))
+        counts = list(map(sub, _numbers(chunk, bits << 1 & ~bits), firsts))
+        if max(counts) <= BATCH_PAGES:
+            found += zip(firsts, counts, strict=True)
+            continue
+        for first, count in zip(firsts, counts, strict=True):
+            for at in range(0, count, BATCH_PAGES):
+                found.append((first + at, min(count - at, BATCH_PAGES)))
+    return found
+
+
+def _numbers(chunk: int, bits: int) -> list[int]:
+    """Return the pages of one chunk; there may be thousands, so C does what is done for each."""
+    flags = format(bits, "b").encode().translate(_FLAGS)[::-1]
+    first = chunk * CHUNK_PAGES
+    # One more, for where a span ends.
+    return list(compress(range(first, first + CHUNK_PAGES + 1), flags))
+
+
+def together(backing: int, spans: Sequence[Span]) -> Iterator[Batch]:
+    """Put the same as in `batches` together, if all spans are there: that takes less time."""
+    ends = list(accumulate([count for _, count in spans]))
+    at = done = 0
+    while at < len(spans):
+        until = bisect_right(ends, done + BATCH_PAGES, at)
+        yield Batch(backing, tuple(spans[at:until]))
+        at, done = until, ends[until - 1]
+
+
 def batches(backing: int, found: Iterable[Span]) -> Iterator[Batch]:
     """Put spans, in ascending order and each of at most `BATCH_PAGES`, into batches.
 
@@ -148,8 +221,27 @@ def batches(backing: int, found: Iterable[Span]) -> Iterator[Batch]:
         yield Batch(backing, tuple(together))
 
 
-def view_of(mapping: mmap.mmap) -> memoryview:
-    """Return a mapping's bytes without keeping it from being closed; not to be used after that."""
-    address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-    view: memoryview = _MEMORY_VIEW(address, len(mapping), _PYBUF_WRITE)
-    return view
+class Memory:
+    """A mapping's bytes, and where they are.
+
+    It does not keep the mapping from being closed, and is not to be used after that.
+    """
+
+    __slots__ = ("_mapping", "address", "view")
+
+    def __init__(self, mapping: mmap.mmap | bytearray) -> None:
+        self._mapping = mapping
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        self.view: memoryview = _MEMORY_VIEW(self.address, len(mapping), _PYBUF_WRITE)
+
+
+def copy_batch(there: Memory, here: Memory, batch: Batch) -> None:
+    """Copy pages to the same places of another mapping.
+
+    Raises ValueError: one of the mappings has no such pages.
+    """
+    first, count = batch.spans[-1]
+    end = (first + count) * PAGE_SIZE
+    if end > min(len(there.view), len(here.view)):
+        raise ValueError(f"the pages end at {end:#x}, and memory before that")
+    copy_pages(array("Q", batch.table()), there.address, here.address)

@@ -11,6 +11,9 @@ from typing import Self
 from harness.migrate.errors import StreamError
 from kvm_ioctl.cstruct import CStruct
 
+Data = bytes | memoryview
+"""A part's bytes."""
+
 
 class Need(Enum):
     """Which machines have a part."""
@@ -62,13 +65,13 @@ class Part:
     """What it is made of."""
     size: Size
     need: Need = field(default=Need.ALWAYS, kw_only=True)
-    flaw: Callable[[bytes], str | None] = field(default=lambda data: None, kw_only=True)
+    flaw: Callable[[Data], str | None] | None = field(default=None, kw_only=True)
     """Says what is wrong with bytes of the right size; None: nothing."""
 
 
 def check_parts(
     where: str,
-    parts: Mapping[str, bytes],
+    parts: Mapping[str, Data],
     known: Mapping[str, Part],
     irqchip: bool,
 ) -> None:
@@ -91,7 +94,27 @@ def check_parts(
             continue
         if part.need is Need.IRQCHIP and not irqchip:
             raise StreamError(f"{where}: part {part.name} of a machine without irqchip")
-        if not part.size.admits(len(data)):
-            raise StreamError(f"{where}: part {part.name} has {len(data)} bytes, not {part.size}")
-        if problem := part.flaw(data):
-            raise StreamError(f"{where}: part {part.name}: {problem}")
+        _check_size(where, part, data)
+        _check_flaw(where, part, data)
+
+
+def check_like(where: str, parts: dict[str, bytes], known: Mapping[str, Part]) -> None:
+    """Do the same for parts of the names and lengths of others that are right, but for the last.
+
+    Raises StreamError: one is of a wrong size, or wrong in itself.
+    """
+    last = next(reversed(parts))
+    _check_size(where, known[last], parts[last])
+    for name, data in parts.items():
+        if known[name].flaw is not None:
+            _check_flaw(where, known[name], data)
+
+
+def _check_size(where: str, part: Part, data: Data) -> None:
+    if not part.size.admits(len(data)):
+        raise StreamError(f"{where}: part {part.name} has {len(data)} bytes, not {part.size}")
+
+
+def _check_flaw(where: str, part: Part, data: Data) -> None:
+    if part.flaw is not None and (problem := part.flaw(data)):
+        raise StreamError(f"{where}: part {part.name}: {problem}")

@@ -10,7 +10,7 @@ from typing import Final
 from harness.machine.machine import Machine
 from harness.migrate.dirty import DirtyPages, DirtyTracker, Tracking, count, join
 from harness.migrate.links import Cancel, Link
-from harness.migrate.memory_image import Batch
+from harness.migrate.memory_image import Batch, Memory
 from harness.migrate.same_process import SourceEnd
 from harness.migrate.shape import backings_of
 from harness.migrate.stream import Bring, StreamWriter
@@ -100,8 +100,8 @@ class PacedSink:
         if not isinstance(link, SourceEnd):
             return None
 
-        def bring(batch: Batch, pages: Sequence[memoryview]) -> None:
-            link.bring(batch, pages)
+        def bring(batch: Batch, memory: Memory) -> None:
+            link.bring(batch, memory)
             if self.bytes_per_s is not None:
                 self._pace(batch.size_bytes / self.bytes_per_s)
 
@@ -126,25 +126,35 @@ class PreCopy:
         self._writer = writer
         self._tracker = tracker
         self._options = options
-        self._backings = backings_of(machine)
+        self._memories = list(map(Memory, backings_of(machine)))
         self._left: DirtyPages = {}
+        self._until = 0.0
 
     def run(self) -> None:
         """Send memory until few pages are left, or a limit is reached; the guest may run."""
-        until = time.monotonic() + self._options.most_seconds
+        self._until = time.monotonic() + self._options.most_seconds
         self._round(self._send_all)
+        self.run_on()
+
+    def run_on(self) -> None:
+        """Send what was written again and again, until there is little of it, or as `run`."""
         while True:
             join(self._left, self._tracker.collect())
             self.converged = count(self._left) <= self._options.few_pages
             if self.converged or len(self.rounds) >= self._options.most_rounds:
                 return
-            if time.monotonic() >= until:
+            if time.monotonic() >= self._until:
                 return
             self._round(self._send_left)
 
+    def rehearse(self) -> None:
+        """Send one page of each mapping once more, as `finish` sends those that are left."""
+        for number, memory in enumerate(self._memories):
+            write_pages(self._writer, number, memory, {0: 1})
+
     def finish(self) -> None:
         """Send the rest; the guest must not run any more."""
-        join(self._left, self._tracker.collect())
+        join(self._left, self._tracker.collect(last=True))
         self._round(self._send_left)
 
     def _round(self, send: Callable[[], int]) -> None:
@@ -160,6 +170,6 @@ class PreCopy:
     def _send_left(self) -> int:
         left, self._left = self._left, {}
         return sum(
-            write_pages(self._writer, number, self._backings[number], sorted(pages))
+            write_pages(self._writer, number, self._memories[number], pages)
             for number, pages in sorted(left.items())
         )

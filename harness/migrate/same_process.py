@@ -13,13 +13,12 @@ to wait for a message, the destination does what it has to do until it needs mor
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Generic, TypeVar
 
 from harness.errors import HarnessError
 from harness.migrate.links import Link
-from harness.migrate.memory_image import Batch
-from harness.migrate.stream import Place
+from harness.migrate.memory_image import Batch, Memory, copy_batch
 
 T = TypeVar("T")
 
@@ -27,7 +26,7 @@ T = TypeVar("T")
 class End(Link):
     """What both ends have: bytes that came, in memory."""
 
-    def __init__(self, name: str, inbox: deque[bytes], outbox: deque[bytes]) -> None:
+    def __init__(self, name: str, inbox: deque[memoryview], outbox: deque[memoryview]) -> None:
         super().__init__(name)
         self._inbox, self._outbox = inbox, outbox
 
@@ -41,7 +40,7 @@ class End(Link):
             self._inbox.appendleft(data[size:])
             data = data[:size]
         self.received_bytes += len(data)
-        return data
+        return bytes(data)
 
     def fill(self, buffers: Sequence[memoryview], /) -> None:
         """Fill all of the buffers; see `Link.fill`."""
@@ -57,7 +56,7 @@ class End(Link):
         self._check()
         data = b"".join(pieces)
         if data:
-            self._outbox.append(data)
+            self._outbox.append(memoryview(data))
             self.sent_bytes += len(data)
 
     def has_input(self, within_s: float = 0.0) -> bool:
@@ -71,33 +70,37 @@ class End(Link):
 class DestinationEnd(End):
     """The destination's end."""
 
-    def __init__(self, inbox: deque[bytes], outbox: deque[bytes]) -> None:
+    def __init__(self, inbox: deque[memoryview], outbox: deque[memoryview]) -> None:
         super().__init__("the source", inbox, outbox)
-        self.place: Place | None = None
-        """Where pages go; to be set before WELCOME is said."""
+        self.place: Callable[[str, Batch], Memory] | None = None
+        """Returns the mapping that pages go to; to be set before WELCOME is said.
+
+        Its first argument is what messages begin with; it raises StreamError if there is no place.
+        """
         self._brought: deque[Batch] = deque()
 
     def came(self, batch: Batch) -> bool:
         """Tell whether the next pages that were brought are these, and forget them."""
         return bool(self._brought) and self._brought.popleft() == batch
 
-    def take(self, batch: Batch, pages: Sequence[memoryview]) -> None:
-        """Put pages where they go.
+    def take(self, batch: Batch, memory: Memory) -> None:
+        """Put pages of a mapping where they go.
 
         Raises StreamError: they are outside memory.
         Raises LinkLost: the destination does not listen any more.
         """
         if self._closed or self.place is None:
             raise self.lost("there is no place for pages")
-        for here, there in zip(self.place("pages past the stream", batch), pages, strict=True):
-            here[:] = there
+        copy_batch(self.place("pages past the stream", batch), memory, batch)
         self._brought.append(batch)
 
 
 class SourceEnd(End, Generic[T]):
     """The source's end, which has the destination work."""
 
-    def __init__(self, destination: DestinationEnd, inbox: deque[bytes], outbox: deque[bytes]):
+    def __init__(
+        self, destination: DestinationEnd, inbox: deque[memoryview], outbox: deque[memoryview]
+    ):
         super().__init__("the destination", inbox, outbox)
         self._destination = destination
         self.work: Generator[None, None, T] | None = None
@@ -116,14 +119,14 @@ class SourceEnd(End, Generic[T]):
             raise HarnessError("the destination has not taken the machine")
         return self._received[0]
 
-    def bring(self, batch: Batch, pages: Sequence[memoryview]) -> None:
-        """Copy pages to where the destination has them.
+    def bring(self, batch: Batch, memory: Memory) -> None:
+        """Copy pages of a mapping to where the destination has them.
 
         Raises StreamError: it has no such memory.
         Raises Cancelled: somebody wished so.
         """
         self._check()
-        self._destination.take(batch, pages)
+        self._destination.take(batch, memory)
         self.sent_bytes += batch.size_bytes
 
     def catch_up(self) -> None:
@@ -155,6 +158,6 @@ class SourceEnd(End, Generic[T]):
 
 def ends() -> tuple[SourceEnd[T], DestinationEnd]:
     """Return the two ends of a link."""
-    there, back = deque[bytes](), deque[bytes]()
+    there, back = deque[memoryview](), deque[memoryview]()
     destination = DestinationEnd(there, back)
     return SourceEnd(destination, back, there), destination

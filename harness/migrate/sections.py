@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Final
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from operator import add, le
+from typing import Any, Final, NamedTuple, NoReturn
 
 from harness.machine.memory import PAGE_SIZE
 from harness.migrate.errors import StreamError
 from harness.migrate.memory_image import BATCH_PAGES, Batch
+from harness.migrate.parts import Data
 
-HEAD, PAGE, VMST, VCPU, SIDE, DONE = b"HEAD", b"PAGE", b"VMST", b"VCPU", b"SIDE", b"DONE"
+HEAD, PAGE, PREP, VMST = b"HEAD", b"PAGE", b"PREP", b"VMST"
+VCPU, SIDE, DONE = b"VCPU", b"SIDE", b"DONE"
 
 PAGE_HEADER: Final = struct.Struct("<II")
 SPAN: Final = struct.Struct("<QQ")
@@ -24,6 +26,7 @@ COUNT: Final = struct.Struct("<Q")
 LONGEST: Final = {
     HEAD: 1 << 20,
     PAGE: PAGE_HEADER.size + BATCH_PAGES * (SPAN.size + PAGE_SIZE),
+    PREP: 1 << 20,
     VMST: 1 << 20,
     VCPU: 1 << 20,
     SIDE: 8 << 20,
@@ -34,8 +37,7 @@ LONGEST: Final = {
 _LONGEST_NAME: Final = 255
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """One section as it was read, its checksums seen to."""
 
     tag: bytes
@@ -110,9 +112,57 @@ def pack_name(name: str) -> bytes:
     return bytes([len(name)]) + name.encode("ascii")
 
 
-def pack_parts(parts: Mapping[str, bytes]) -> bytes:
+@cache
+def part_header(name: str, size_bytes: int) -> bytes:
+    """Return what a body has before a part's data."""
+    return pack_name(name) + NUMBER.pack(size_bytes)
+
+
+def pack_parts(parts: Mapping[str, Data]) -> bytes:
     """Return named data as a body has them."""
-    return b"".join(pack_name(name) + NUMBER.pack(len(data)) + data for name, data in parts.items())
+    pieces: list[Data] = []
+    for name, data in parts.items():
+        pieces += part_header(name, len(data)), data
+    return b"".join(pieces)
+
+
+def split_parts(body: bytes, at: int = 0) -> dict[str, bytes]:
+    """Return the parts that `pack_parts` has packed; for what others say take `unpack_parts`."""
+    parts = {}
+    while at < len(body):
+        name_end = at + 1 + body[at]
+        begin = name_end + NUMBER.size
+        end = begin + NUMBER.unpack_from(body, name_end)[0]
+        parts[body[at + 1 : name_end].decode()] = body[begin:end]
+        at = end
+    return parts
+
+
+class Mould:
+    """Where the parts are in a body that was found to be good, so that the next is read at once."""
+
+    def __init__(self, parts: Mapping[str, bytes]) -> None:
+        """Take the measure of the parts of a body, at least one."""
+        self._names = tuple(parts)
+        *fixed, _ = parts.items()
+        self._headers = tuple(part_header(name, len(data)) for name, data in fixed)
+        sizes = zip(map(len, self._headers), (len(data) for _, data in fixed), strict=True)
+        self._struct = struct.Struct("".join(f"{header}s{data}s" for header, data in sizes))
+        self._last = pack_name(self._names[-1])
+
+    def split(self, body: bytes, at: int) -> dict[str, bytes] | None:
+        """Return the parts of a body from a place up; None: they are others.
+
+        All are as long as those before but the last one, which may have any length.
+        """
+        end = at + self._struct.size
+        begin = end + len(self._last) + NUMBER.size
+        if len(body) < begin:
+            return None
+        found, last = self._struct.unpack_from(body, at), body[begin:]
+        if found[::2] != self._headers or body[end:begin] != self._last + NUMBER.pack(len(last)):
+            return None
+        return dict(zip(self._names, (*found[1::2], last), strict=True))
 
 
 def unpack_name(section: Section, at: int) -> tuple[str, int]:
@@ -150,14 +200,14 @@ def unpack_parts(section: Section, at: int, known: Iterable[str]) -> dict[str, b
     return parts
 
 
-def unpack_vcpu(section: Section, known: Iterable[str]) -> tuple[int, dict[str, bytes]]:
-    """Return a vCPU's number and its parts.
+def unpack_number(section: Section) -> int:
+    """Return the number that a body begins with.
 
     Raises StreamError: malformed.
     """
     if len(section.body) < NUMBER.size:
         raise StreamError(f"{section.where}: has no vCPU number")
-    return NUMBER.unpack_from(section.body)[0], unpack_parts(section, NUMBER.size, known)
+    return int(NUMBER.unpack_from(section.body)[0])
 
 
 def unpack_side(section: Section) -> tuple[str, Any]:
@@ -176,9 +226,7 @@ def pack_spans(batch: Batch) -> bytes:
     """
     if not 0 < batch.pages <= BATCH_PAGES:
         raise StreamError(f"a PAGE of {batch.pages} pages: 1 to {BATCH_PAGES} are possible")
-    count = len(batch.spans)
-    table = struct.pack(f"<{2 * count}Q", *chain.from_iterable(batch.spans))
-    return PAGE_HEADER.pack(batch.backing, count) + table
+    return PAGE_HEADER.pack(batch.backing, len(batch.spans)) + batch.table()
 
 
 def spans_bytes(where: str, header: bytes) -> int:
@@ -209,16 +257,28 @@ def unpack_spans(
     Raises StreamError: they are not in order, or not so many.
 
     """
-    spans, end, pages = tuple(SPAN.iter_unpack(table)), 0, 0
-    for first, count in spans:
-        if first < end or not 0 < count <= BATCH_PAGES:
-            raise StreamError(f"{where}: {count} pages from {first} on, after those up to {end}")
-        end, pages = first + count, pages + count
+    words = struct.unpack(f"<{len(table) // COUNT.size}Q", table)
+    firsts, counts = words[::2], words[1::2]
+    ends = tuple(map(add, firsts, counts))
+    sound = min(counts) > 0 and max(counts) <= BATCH_PAGES
+    if not sound or not all(map(le, ends, firsts[1:])):
+        _refuse_spans(where, firsts, counts)
+    spans, pages = tuple(zip(firsts, counts, strict=True)), sum(counts)
     if beside and size:
         raise StreamError(f"{where}: {size} bytes of pages that come past the stream")
     if pages > BATCH_PAGES or (size != pages * PAGE_SIZE and not beside):
         raise StreamError(f"{where}: {size} bytes are not {pages} whole pages")
     return Batch(PAGE_HEADER.unpack_from(header)[0], spans)
+
+
+def _refuse_spans(where: str, firsts: Sequence[int], counts: Sequence[int]) -> NoReturn:
+    """Say which span is wrong; one of them is."""
+    end = 0
+    for first, count in zip(firsts, counts, strict=True):
+        if first < end or not 0 < count <= BATCH_PAGES:
+            break
+        end = first + count
+    raise StreamError(f"{where}: {count} pages from {first} on, after those up to {end}")
 
 
 def unpack_pages(section: Section, backings: tuple[int, ...]) -> tuple[Batch, memoryview]:

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol, TypeVar
+from typing import Final, NamedTuple
 
 from harness.errors import HarnessError
 from harness.machine.machine import Machine
+from harness.migrate.bound import (
+    Notes,
+    Reading,
+    Source,
+    Target,
+    Writing,
+)
 from harness.migrate.errors import Refused
 from harness.migrate.notes import Note
 from harness.migrate.offers import offers
-from harness.migrate.parts import Need, Part, Size
+from harness.migrate.parts import Data, Need
+from harness.migrate.sections import part_header, split_parts
 from harness.migrate.shape import wants_whole_events
-from harness.migrate.vcpu_parts import VCPU_PARTS, Notes, Source, Target
-from kvm_ioctl.asm_kvm import IrqchipId, kvm_pit_state2
-from kvm_ioctl.handles import Kvm, Vm
-from kvm_ioctl.linux_kvm import KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip
+from harness.migrate.vcpu_parts import VCPU_PARTS, VcpuPart
+from harness.migrate.vm_parts import VM_PARTS, VmPart
+from kvm_ioctl.batch import Batch
+from kvm_ioctl.handles import Kvm
 from kvm_ioctl.request import KvmError
 
 Parts = Mapping[str, bytes]
-T_contra = TypeVar("T_contra", contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -37,79 +43,18 @@ class MachineState:
 
 
 @dataclass(frozen=True)
-class VmPart(Part):
-    """One part of the VM's own state: how it is read and written."""
+class Snapshot:
+    """A state as it travels: all parts of the VM in one piece, and all of each vCPU."""
 
-    read: Callable[[Vm], bytes | None]
-    """None: there is none here."""
-    write: Callable[[Vm, bytes], None]
+    vm: bytes
+    vcpus: tuple[bytes, ...]
+    notes: tuple[Note, ...]
+    """What the kernel did not give."""
 
-
-def _write_clock(vm: Vm, data: bytes) -> None:
-    # The flags say how it was read; KVM_SET_CLOCK of 5.10 takes none.
-    vm.set_clock(kvm_clock_data(clock=kvm_clock_data.from_bytes(data).clock))
-
-
-def _write_chip(vm: Vm, data: bytes) -> None:
-    vm.set_irqchip(kvm_irqchip.from_bytes(data))
-
-
-def _read_pit(vm: Vm) -> bytes | None:
-    pit = kvm_pit_state2()
-    error = vm.try_call(vm.KVM_GET_PIT2, pit)
-    if error == errno.ENXIO:
-        return None
-    if error:
-        raise KvmError(error, "KVM_GET_PIT2", vm.kind)
-    return pit.as_bytes()
-
-
-def _write_pit(vm: Vm, data: bytes) -> None:
-    # Whether the PIT has port 0x61 too cannot be read; where there is a PIT at all, it has.
-    vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
-    vm.set_pit2(kvm_pit_state2.from_bytes(data))
-
-
-def _chip(name: str, chip: IrqchipId) -> VmPart:
-    def flaw(data: bytes) -> str | None:
-        says = kvm_irqchip.from_bytes(data).chip_id
-        return None if says == chip else f"chip_id is {says}, not {chip.name}"
-
-    return VmPart(
-        name,
-        kvm_irqchip,
-        Size.of(kvm_irqchip),
-        lambda vm: vm.get_irqchip(chip).as_bytes(),
-        _write_chip,
-        need=Need.IRQCHIP,
-        flaw=flaw,
-    )
-
-
-VM_PARTS: Final = {
-    part.name: part
-    for part in (
-        _chip("pic_master", IrqchipId.KVM_IRQCHIP_PIC_MASTER),
-        _chip("pic_slave", IrqchipId.KVM_IRQCHIP_PIC_SLAVE),
-        _chip("ioapic", IrqchipId.KVM_IRQCHIP_IOAPIC),
-        VmPart(
-            "pit",
-            kvm_pit_state2,
-            Size.of(kvm_pit_state2),
-            _read_pit,
-            _write_pit,
-            need=Need.IF_GIVEN,
-        ),
-        VmPart(
-            "clock",
-            kvm_clock_data,
-            Size.of(kvm_clock_data),
-            lambda vm: vm.get_clock().as_bytes(),
-            _write_clock,
-        ),
-    )
-}
-"""In the order of restore; the clock last, so that it stands for as short as can be."""
+    def state(self) -> MachineState:
+        """Return it taken apart."""
+        vcpus = tuple(map(split_parts, self.vcpus))
+        return MachineState(split_parts(self.vm), vcpus, self.notes)
 
 
 def msr_indices(kvm: Kvm) -> tuple[int, ...]:
@@ -138,22 +83,118 @@ def capture(machine: Machine, indices: Sequence[int] | None = None) -> MachineSt
 
 def read_state(machine: Machine, indices: Sequence[int] | None = None) -> MachineState:
     """Take the state of a machine without pending I/O; else as `capture`, and raises KvmError."""
-    notes: Notes = []
-    offered = offers(machine.kvm)
-    if indices is not None:
-        offered = replace(offered, msr_indices=tuple(indices))
-    vcpus = []
-    for runner in machine.vcpus:
-        source = Source(runner.vcpu, offered, machine.irqchip, notes)
-        read = ((name, part.read(source)) for name, part in VCPU_PARTS.items())
-        vcpus.append({name: data for name, data in read if data is not None})
-    found = {
-        part.name: part.read(machine.vm)
-        for part in VM_PARTS.values()
-        if machine.irqchip or part.need is not Need.IRQCHIP
-    }
-    vm = {name: data for name, data in found.items() if data is not None}
-    return MachineState(vm, tuple(vcpus), tuple(dict.fromkeys(notes)))
+    return StateReader(machine, indices).read().state()
+
+
+class StateReader:
+    """Takes the state of one machine, again and again; all that it needs is made only once."""
+
+    def __init__(self, machine: Machine, indices: Sequence[int] | None = None) -> None:
+        """Make ready.
+
+        Args:
+            machine: paused; its vCPUs are asked which MSRs they have.
+            indices: the MSRs to ask for; by default those of `msr_indices`.
+
+        Raises KvmError: KVM refused to say something.
+
+        """
+        self._notes: Notes = []
+        offered = offers(machine.kvm)
+        if indices is not None:
+            offered = replace(offered, msr_indices=tuple(indices))
+        self._sources = [
+            Source(runner.vcpu, offered, machine.irqchip, self._notes) for runner in machine.vcpus
+        ]
+        self._vm = machine.vm
+        self._vm_parts = [
+            part for part in VM_PARTS.values() if machine.irqchip or part.need is not Need.IRQCHIP
+        ]
+        self._cpuids: list[Data] = []
+        self._make_ready()
+
+    def read(self) -> Snapshot:
+        """Take the state of a machine that is paused and has no pending I/O.
+
+        Raises KvmError: KVM refused to say something.
+        """
+        if not self._run():
+            # An MSR was refused that was given before.
+            self._make_ready()
+            if not self._run():
+                raise self._batch.error(self._stopped)
+        bodies = [packer.body() for packer in self._packers]
+        cpuids = [packer.found["cpuid"] for packer in self._packers[:-1]]
+        if self._cpuids and cpuids != self._cpuids:
+            # With other leaves there may be other MSRs than the first time.
+            self._cpuids = []
+            self._make_ready()
+            return self.read()
+        self._cpuids = cpuids
+        *vcpus, vm = bodies
+        return Snapshot(vm, tuple(vcpus), tuple(dict.fromkeys(self._notes)))
+
+    def _make_ready(self) -> None:
+        del self._notes[:]
+        readings = [
+            {name: part.reading(source) for name, part in VCPU_PARTS.items()}
+            for source in self._sources
+        ]
+        readings.append({part.name: part.reading(self._vm) for part in self._vm_parts})
+        calls = [call for each in readings for reading in each.values() for call in reading.calls]
+        self._before = [
+            reading.before
+            for each in readings
+            for reading in each.values()
+            if reading.before is not None
+        ]
+        self._batch = Batch(calls)
+        self._packers, at = list[_Packer](), 0
+        for each in readings:
+            self._packers.append(_Packer(self._batch, at, each))
+            at += sum(len(reading.calls) for reading in each.values())
+
+    def _run(self) -> bool:
+        """Make all calls; False: an MSR was refused."""
+        for before in self._before:
+            before()
+        self._stopped = self._batch.run()
+        if self._stopped == len(self._batch.calls):
+            return True
+        if self._batch.result(self._stopped) >= 0:
+            return False
+        raise self._batch.error(self._stopped)
+
+
+class _Packer:
+    """Puts what calls have filled into one piece, as `pack_parts` does."""
+
+    def __init__(self, batch: Batch, first_call: int, readings: Mapping[str, Reading]) -> None:
+        self.found: dict[str, Data] = {}
+        """The parts that are not always in one place."""
+        self._batch = batch
+        self._pieces: list[Data] = []
+        self._loose: list[tuple[int, str, Reading, range]] = []
+        for name, reading in readings.items():
+            calls = range(first_call, first_call + len(reading.calls))
+            first_call = calls.stop
+            if reading.view is not None:
+                self._pieces += part_header(name, len(reading.view)), reading.view
+            elif reading.calls:
+                self._loose.append((len(self._pieces), name, reading, calls))
+                self._pieces += b"", b""
+
+    def body(self) -> bytes:
+        """Return all parts that there are."""
+        pieces, result = self._pieces, self._batch.result
+        for at, name, reading, calls in self._loose:
+            data = reading.data([result(number) for number in calls])
+            if data is None:
+                pieces[at : at + 2] = b"", b""
+            else:
+                self.found[name] = data
+                pieces[at : at + 2] = part_header(name, len(data)), data
+        return b"".join(pieces)
 
 
 def restore(machine: Machine, state: MachineState, order: Sequence[str]) -> list[Note]:
@@ -168,39 +209,151 @@ def restore(machine: Machine, state: MachineState, order: Sequence[str]) -> list
     Raises Refused: KVM does not take a part; the message names it.
 
     """
-    if sorted(order) != sorted(VCPU_PARTS):
-        raise HarnessError(f"an order has each of {', '.join(VCPU_PARTS)}; got {', '.join(order)}")
-    notes: Notes = []
-    _write_parts("", VM_PARTS, machine.vm, state.vm, [n for n in VM_PARTS if n != "clock"])
-    for runner, parts in zip(machine.vcpus, state.vcpus, strict=True):
-        target = Target(runner.vcpu, offers(machine.kvm), machine.irqchip, notes)
-        _write_parts(f"vcpu {runner.index}: ", VCPU_PARTS, target, parts, order)
-    _write_parts("", VM_PARTS, machine.vm, state.vm, ["clock"])
-    return notes
+    return StateWriter(machine, order).write(state)
 
 
-class _Writable(Protocol[T_contra]):
-    """A part of the VM or of a vCPU."""
+EARLY: Final = ("cpuid", "tsc_khz")
+"""Parts that hardly ever change, and may be put into a blank vCPU long before the others."""
+
+
+_PUT_TWICE: Final = frozenset(
+    ("sregs", "regs", "xcrs", "xsave", "debugregs", "pic_master", "pic_slave", "ioapic")
+)
+
+
+class StateWriter:
+    """Puts a state into one blank machine; all that it needs for that is made beforehand."""
+
+    def __init__(self, machine: Machine, order: Sequence[str]) -> None:
+        """Make ready.
+
+        Args:
+            machine: blank; nothing of it has run.
+            order: the names of all vCPU parts, see `orders`.
+
+        Raises HarnessError: the order is not one of all parts.
+
+        """
+        if sorted(order) != sorted(VCPU_PARTS):
+            raise HarnessError(
+                f"an order has each of {', '.join(VCPU_PARTS)}; got {', '.join(order)}"
+            )
+        self._notes: Notes = []
+        offered = offers(machine.kvm)
+        self._early: list[Parts] = [{} for _ in machine.vcpus]
+        *self._steps, clock = [
+            _Step(None, part, part.writing(machine.vm)) for part in VM_PARTS.values()
+        ]
+        for number, runner in enumerate(machine.vcpus):
+            target = Target(runner.vcpu, offered, machine.irqchip, self._notes)
+            parts = map(VCPU_PARTS.__getitem__, order)
+            self._steps += [_Step(number, part, part.writing(target)) for part in parts]
+        self._steps.append(clock)
+        if not machine.irqchip:
+            self._steps = [step.without_irqchip() for step in self._steps]
+        self._ready = [step for step in self._steps if step.writing.call is not None]
+        self._batch = Batch([step.writing.call for step in self._ready if step.writing.call])
+
+    def begin(self, number: int, parts: Parts) -> None:
+        """Put those of `EARLY` into a vCPU; `write` leaves out what is still the same.
+
+        Raises Refused: KVM does not take one.
+        """
+        early = {name: parts[name] for name in EARLY if name in parts}
+        for step in self._steps:
+            if step.vcpu == number and step.name in early:
+                step.write(early[step.name])
+        self._early[number] = early
+
+    def rehearse(self, state: MachineState) -> None:
+        """Put back what was read of the same blank machine: just what may well be put twice.
+
+        The others do more than to be there: timers start, TSCs are matched to one another.
+        """
+        for step in self._steps:
+            data = step.of(state)
+            if data is not None and step.name in _PUT_TWICE:
+                step.write(data)
+
+    def write(self, state: MachineState) -> list[Note]:
+        """Put a state there; return what the kernel did not take.
+
+        Raises Refused: KVM does not take a part; the message names it.
+        """
+        if self._load(state):
+            self._write_at_once(state)
+        else:
+            for step in self._steps:
+                data = step.of(state)
+                if data is not None and not self._is_there(step, data):
+                    step.write(data)
+        return self._notes
+
+    def _is_there(self, step: _Step, data: bytes) -> bool:
+        return step.vcpu is not None and self._early[step.vcpu].get(step.name) == data
+
+    def _load(self, state: MachineState) -> bool:
+        """Fill the payloads of all calls; False: they are not what is to be done."""
+        number = 0
+        for step in self._steps:
+            data, writing = step.of(state), step.writing
+            if writing.call is None:
+                # What no call does must not be there, or be there already.
+                if data is not None and not self._is_there(step, data):
+                    return False
+                continue
+            if data is None or not writing.load(data):
+                return False
+            if writing.least is not None:
+                self._batch.expect(number, writing.least(data))
+            number += 1
+        return True
+
+    def _write_at_once(self, state: MachineState) -> None:
+        done, batch = 0, self._batch
+        while (done := batch.run(done)) < len(self._ready):
+            step, result = self._ready[done], batch.result(done)
+            data = step.of(state)
+            if result < 0 or step.writing.go_on is None or data is None:
+                raise Refused(f"{step.where}{step.name}: {batch.error(done)}")
+            step.writing.go_on(data, result)
+            done += 1
+
+
+class _Step(NamedTuple):
+    """One part of a state on its way into a machine."""
+
+    vcpu: int | None
+    """None: it is the VM's."""
+    part: VmPart | VcpuPart
+    writing: Writing
 
     @property
-    def write(self) -> Callable[[T_contra, bytes], None]:
-        """Put its bytes there."""
+    def name(self) -> str:
+        """The part's name."""
+        return self.part.name
 
+    def without_irqchip(self) -> _Step:
+        """Return the same for a machine without irqchip: some parts are not there."""
+        if self.part.need is not Need.IRQCHIP:
+            return self
+        return self._replace(writing=replace(self.writing, call=None))
 
-def _write_parts(
-    where: str,
-    known: Mapping[str, _Writable[T_contra]],
-    target: T_contra,
-    parts: Parts,
-    order: Sequence[str],
-) -> None:
-    """Write those parts that there are; what goes wrong is a refusal that says with which part."""
-    name = ""
-    try:
-        for name in order:
-            if name in parts:
-                known[name].write(target, parts[name])
-    except KvmError as e:
-        raise Refused(f"{where}{name}: {e}") from e
-    except ValueError as e:
-        raise Refused(f"{where}{name}: {e}") from None
+    @property
+    def where(self) -> str:
+        """What messages call the vCPU."""
+        return "" if self.vcpu is None else f"vcpu {self.vcpu}: "
+
+    def of(self, state: MachineState) -> bytes | None:
+        """Return this part of a state, if it has it."""
+        parts = state.vm if self.vcpu is None else state.vcpus[self.vcpu]
+        return parts.get(self.name)
+
+    def write(self, data: Data) -> None:
+        """Write it; what goes wrong is a refusal that says with which part."""
+        try:
+            self.writing.write(data)
+        except KvmError as e:
+            raise Refused(f"{self.where}{self.name}: {e}") from e
+        except ValueError as e:
+            raise Refused(f"{self.where}{self.name}: {e}") from None

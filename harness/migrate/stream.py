@@ -15,6 +15,8 @@ and a body::
     HEAD   JSON: {"source": fingerprint of the source, "shape": `Shape.to_json` of the machine}
     PAGE   mapping (4), number of spans (4), for each span its first page (8) and how many follow
            one another from there (8), then the pages of 4096 bytes, span by span
+    PREP   number (4), then parts of that vCPU's state as they were a while ago; those of the VM
+           have the number after the last vCPU's
     VMST   parts of the VM's state, `VM_PARTS`
     VCPU   number (4), then parts of the vCPU's state, `VCPU_PARTS`
     SIDE   name, then JSON: what the machine's user needs to go on
@@ -35,10 +37,11 @@ the data (4), and the data: KVM's struct, or structs, of that part. No part come
 must come, and how long each may be, is said where they are declared. JSON is UTF-8 without NaN or
 infinities and without a key that comes twice in one object.
 
-The order is HEAD, PAGE and SIDE in any number, VMST, VCPU for each vCPU from 0 up, SIDE in any
-number, DONE. Names of SIDEs differ. A page that comes twice counts as it came last, which is what
-live migration does; one that never comes is zero. A stream from the future, with another version,
-tag, part or key, is refused: nothing of it may be ignored.
+The order is HEAD, PAGE and SIDE in any number and among them PREP, for each vCPU from 0 up and then
+the VM, or none, VMST, VCPU for each vCPU from 0 up, SIDE in any number, DONE. Names of SIDEs
+differ. A page that comes twice counts as it came last, which is what live migration does; one that
+never comes is zero. In the same way what VCPU and VMST say counts more than PREP. A stream from the
+future, with another version, tag, part or key, is refused: nothing of it may be ignored.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ from enum import Enum, auto
 from typing import Any, Final, Protocol, runtime_checkable
 
 from harness.migrate.errors import StreamError
-from harness.migrate.memory_image import Batch
+from harness.migrate.memory_image import Batch, Memory
+from harness.migrate.parts import Data
 from harness.migrate.sections import (
     COUNT,
     DONE,
@@ -60,6 +64,7 @@ from harness.migrate.sections import (
     NUMBER,
     PAGE,
     PAGE_HEADER,
+    PREP,
     SIDE,
     VCPU,
     VMST,
@@ -73,7 +78,7 @@ from harness.migrate.sections import (
 )
 
 MAGIC: Final = b"NSVMMIGR"
-VERSION: Final = 2
+VERSION: Final = 3
 
 PAGES_UNCHECKED: Final = 1
 PAGES_BESIDE: Final = 2
@@ -135,8 +140,8 @@ Place = Callable[[str, Batch], list[memoryview]]
 Its first argument is what messages begin with.
 """
 
-Bring = Callable[[Batch, Sequence[memoryview]], None]
-"""Brings the pages of each span to the other end, past the stream."""
+Bring = Callable[[Batch, Memory], None]
+"""Brings pages of a mapping to the other end, past the stream."""
 
 Came = Callable[[Batch], bool]
 """Tells whether the next pages that were brought are these."""
@@ -177,8 +182,11 @@ class StreamWriter:
     def gathered(self) -> Iterator[None]:
         """Put many sections into one write of the sink; at the end of the `with` all are written.
 
-        What they are made of must stay as it is until then.
+        What they are made of must stay as it is until then. One inside another does nothing.
         """
+        if self._gathers:
+            yield
+            return
         self._gathers = True
         try:
             yield
@@ -197,22 +205,33 @@ class StreamWriter:
         They may be written to meanwhile: the checksum, if there is one, is of what is sent.
         """
         table = pack_spans(batch)
-        if self._bring is not None:
-            self._bring(batch, pages)
-            self.written_bytes += batch.size_bytes
-            self._section(PAGE, table)
-        elif self._page_checksums:
+        if self._page_checksums:
             self._section(PAGE, table, *map(bytes, pages))
         else:
             self._section(PAGE, table, unchecked=pages)
 
-    def vm(self, parts: Mapping[str, bytes]) -> None:
-        """Write the VM's state."""
-        self._section(VMST, pack_parts(parts))
+    def prepare(self, number: int, packed: bytes) -> None:
+        """Write what the state of one vCPU, or of the VM, is going to be like, and partly be."""
+        self._section(PREP, NUMBER.pack(number), packed)
 
-    def vcpu(self, number: int, parts: Mapping[str, bytes]) -> None:
-        """Write the state of one vCPU."""
-        self._section(VCPU, NUMBER.pack(number), pack_parts(parts))
+    def pages_of(self, batch: Batch, memory: Memory) -> int:
+        """Write pages of a mapping, as `pages` does, or have them brought; return how many."""
+        if self._bring is None:
+            self.pages(batch, batch.views(memory.view))
+        else:
+            self._bring(batch, memory)
+            self.written_bytes += batch.size_bytes
+            self._section(PAGE, pack_spans(batch))
+        return batch.pages
+
+    def vm(self, parts: Mapping[str, Data] | bytes) -> None:
+        """Write the VM's state; bytes are parts that are packed already."""
+        self._section(VMST, parts if isinstance(parts, bytes) else pack_parts(parts))
+
+    def vcpu(self, number: int, parts: Mapping[str, Data] | bytes) -> None:
+        """Write the state of one vCPU, as `vm` does."""
+        packed = parts if isinstance(parts, bytes) else pack_parts(parts)
+        self._section(VCPU, NUMBER.pack(number), packed)
 
     def side(self, name: str, data: Any) -> None:
         """Write what the machine's user needs, as JSON."""
@@ -427,6 +446,7 @@ _NEXT: Final[Mapping[tuple[_Phase, bytes], _Phase]] = {
     (_Phase.START, HEAD): _Phase.MEMORY,
     (_Phase.MEMORY, PAGE): _Phase.MEMORY,
     (_Phase.MEMORY, SIDE): _Phase.MEMORY,
+    (_Phase.MEMORY, PREP): _Phase.MEMORY,
     (_Phase.MEMORY, VMST): _Phase.VCPUS,
     (_Phase.VCPUS, VCPU): _Phase.VCPUS,
     (_Phase.VCPUS, SIDE): _Phase.SIDES,

@@ -15,18 +15,28 @@ from harness.migrate.contents import Contents
 from harness.migrate.errors import StreamError
 from harness.migrate.memory_image import (
     Batch,
+    Memory,
+    PageBits,
     Span,
     batches,
     filled_spans,
     populated_spans,
-    spans,
-    view_of,
+    spans_of_bits,
+    together,
 )
 from harness.migrate.notes import Note
 from harness.migrate.orders import DEFAULT
-from harness.migrate.sections import DONE, HEAD, PAGE, Section, expect_inside, unpack_pages
+from harness.migrate.sections import (
+    DONE,
+    HEAD,
+    PAGE,
+    PREP,
+    Section,
+    expect_inside,
+    unpack_pages,
+)
 from harness.migrate.shape import BlankMachine, Shape, backings_of
-from harness.migrate.state import MachineState, capture, read_state, restore
+from harness.migrate.state import MachineState, Snapshot, StateReader, StateWriter, capture
 from harness.migrate.stream import Sink, Source, StreamReader, StreamWriter
 from kvm_ioctl.handles import Kvm
 
@@ -50,34 +60,29 @@ def write_memory(writer: StreamWriter, machine: Machine) -> int:
 
 
 def _write_filled(writer: StreamWriter, number: int, backing: mmap.mmap) -> int:
-    memory = view_of(backing)
-    filled = chain.from_iterable(filled_spans(memory, span) for span in populated_spans(backing))
-    return _write_spans(writer, number, memory, filled)
+    memory = Memory(backing)
+    spans = (filled_spans(memory.view, span) for span in populated_spans(backing))
+    return _write(writer, memory, batches(number, chain.from_iterable(spans)))
 
 
-def write_pages(writer: StreamWriter, number: int, backing: mmap.mmap, pages: Iterable[int]) -> int:
-    """Write pages of one mapping, in ascending order; return how many.
+def write_pages(writer: StreamWriter, number: int, memory: Memory, pages: PageBits) -> int:
+    """Write pages of one mapping; return how many.
 
     They may be written to meanwhile, see `StreamWriter.pages`.
     """
-    return _write_spans(writer, number, view_of(backing), spans(pages))
+    return _write(writer, memory, together(number, spans_of_bits(pages)))
 
 
-def _write_spans(
-    writer: StreamWriter, number: int, memory: memoryview, found: Iterable[Span]
-) -> int:
-    count = 0
+def _write(writer: StreamWriter, memory: Memory, found: Iterable[Batch]) -> int:
     with writer.gathered():
-        for batch in batches(number, found):
-            writer.pages(batch, batch.views(memory))
-            count += batch.pages
-    return count
+        return sum(writer.pages_of(batch, memory) for batch in found)
 
 
-def write_state(writer: StreamWriter, state: MachineState) -> None:
+def write_state(writer: StreamWriter, state: MachineState | Snapshot) -> None:
     """Write all but memory."""
     writer.vm(state.vm)
-    for number, parts in enumerate(state.vcpus):
+    vcpus: Sequence[Mapping[str, bytes] | bytes] = state.vcpus
+    for number, parts in enumerate(vcpus):
         writer.vcpu(number, parts)
 
 
@@ -141,8 +146,9 @@ class Loader:
         self._dirty_ring_bytes = dirty_ring_bytes
         self._order = order
         self._machine: BlankMachine | None = None
+        self._state_writer: StateWriter | None = None
         self._contents = Contents()
-        self._views: list[memoryview] = []
+        self._memories: list[Memory] = []
         self._populates = True
         self.pages = 0
 
@@ -165,7 +171,14 @@ class Loader:
             self._machine = BlankMachine(
                 self._kvm, self._contents.shape, dirty_ring_bytes=self._dirty_ring_bytes
             )
-            self._views = [view_of(mapping) for mapping in self._machine.mappings]
+            self._memories = list(map(Memory, self._machine.mappings))
+            self._state_writer = StateWriter(self._machine, self._order)
+        elif section.tag == PREP:
+            # What comes from now on has mostly been there before, and has memory.
+            self._populates = False
+            *vcpus, last = self._contents.early
+            if not self.is_prepared:
+                self._writer.begin(len(vcpus), last)
         elif section.pages is not None:
             self.pages += section.pages.pages
         elif section.tag == PAGE:
@@ -177,12 +190,18 @@ class Loader:
             self.pages += batch.pages
         return section.tag == DONE
 
-    def rehearse(self) -> None:
-        """Read the blank machine's state: what has to be fast soon was not used for long.
+    @property
+    def is_prepared(self) -> bool:
+        """Whether all of PREP has come: that of every vCPU, and the VM's."""
+        return len(self._contents.early) > self._contents.shape.vcpus
 
-        Copying memory drives everything else out of the CPU's caches. For ends in one process.
+    def rehearse(self) -> None:
+        """Read the blank machine's state and put it back: it has to be fast soon.
+
+        Copying memory drives everything else out of the CPU's caches, and of all that is done for
+        the first time much has to be made first.
         """
-        read_state(self._built())
+        self._writer.rehearse(StateReader(self._built()).read().state())
 
     def finish(self) -> Loaded:
         """Put the state into the VM, and hand that over.
@@ -192,9 +211,15 @@ class Loader:
         """
         contents = self._contents
         state, machine = contents.state(), self._built()
-        notes = restore(machine, state, self._order)
+        notes = self._writer.write(state)
         self._machine = None
         return Loaded(machine, state, contents.sides, notes, contents.source)
+
+    @property
+    def _writer(self) -> StateWriter:
+        if self._state_writer is None:
+            raise StreamError("there is no header")
+        return self._state_writer
 
     def _built(self) -> BlankMachine:
         if self._machine is None:
@@ -206,11 +231,18 @@ class Loader:
 
         Raises StreamError: there is no machine yet, or it has no such pages.
         """
+        return batch.views(self.memory(where, batch).view)
+
+    def memory(self, where: str, batch: Batch) -> Memory:
+        """Return the mapping that pages go to.
+
+        Raises StreamError: there is no machine yet, or it has no such pages.
+        """
         machine = self._built()
         expect_inside(where, batch, machine.shape.backings)
         if self._populates:
             self._populate(machine.mappings[batch.backing], batch.spans)
-        return batch.views(self._views[batch.backing])
+        return self._memories[batch.backing]
 
     def _populate(self, mapping: mmap.mmap, some: Sequence[Span]) -> None:
         """Take memory for long spans at once: a fault per page costs as much as the copy."""

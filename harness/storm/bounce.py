@@ -7,37 +7,30 @@ the machine is sent to it, and memory and state are compared too.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import random
-import select
-import signal
 import statistics
 import tempfile
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from harness.errors import HostError, NsvmError, ScenarioFailure
+from harness.errors import HostError, ScenarioFailure
 from harness.machine.machine import Machine
 from harness.migrate import live
 from harness.migrate.connections import connect_unix, listen_unix
 from harness.migrate.difference import memory_differences, state_differences
 from harness.migrate.dirty import Tracking
-from harness.migrate.errors import Refused
 from harness.migrate.links import Link
 from harness.migrate.precopy import Options
 from harness.migrate.state import MachineState, capture
 from harness.proxy.checkpoint import remember, resume
 from harness.proxy.machine import ProxyMachine
+from harness.storm.figures import figures
+from harness.storm.processes import Processes, Reporter
 from harness.storm.workload import MEMORY_MIB, TIMEOUT_S, Cut, Kind, Workload
-from kvm_ioctl.asm_kvm import NestedStateFlags, kvm_nested_state
 from kvm_ioctl.handles import Kvm
-from kvm_ioctl.request import KvmError
 
 SILENCE_S: Final = 120.0
 """So long nothing may happen."""
@@ -45,10 +38,6 @@ SILENCE_S: Final = 120.0
 RING_BYTES: Final = 64 << 10
 
 _SHOWN: Final = 8
-_END_S: Final = 10.0
-_LOOK_S: Final = 0.01
-_LONGEST_ERROR: Final = 1500
-"""Characters: a report is one write of less than PIPE_BUF, even if each takes two bytes."""
 _LONGEST_WORK_S: Final = 0.05
 
 Emit = Callable[..., None]
@@ -83,14 +72,20 @@ def storm(emit: Emit, plan: Plan) -> dict[str, Any]:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nsvm-storm-") as directory, Kvm() as kvm:
         places = [Path(directory, name) for name in ("one", "other", "end")]
-        with listen_unix(places[2]) as listener, _Children(plan, places) as children:
+        parts = [_Process(plan, index, places).run for index in range(2)]
+        with listen_unix(places[2]) as listener, Processes(parts, "storm") as children:
+
+            def watch(until: Callable[[], bool]) -> None:
+                children.watch(seen.take, until=until, silence_s=SILENCE_S)
+
             twin = Workload.begin(ProxyMachine(kvm, **plan.machine_options), plan.kind)
             with twin.machine:
                 seen = _Seen(emit, plan, twin)
-                children.watch(seen, until=lambda: len(seen.moves) == plan.moves)
-                received = live.receive(kvm, listener.accept(SILENCE_S))
+                watch(lambda: len(seen.moves) == plan.moves)
+                with children.explaining(seen.take):
+                    received = live.receive(kvm, listener.accept(SILENCE_S))
                 with received.machine:
-                    children.watch(seen, until=lambda: seen.ended)
+                    watch(lambda: seen.ended)
                     seen.compare(received.machine, received.state)
     return {**seen.report(), "seconds": round(time.monotonic() - started, 3)}
 
@@ -169,93 +164,16 @@ def distribution(values: list[float]) -> dict[str, float]:
     return {name: round(value, 6) for name, value in {**named, "max": max(values)}.items()}
 
 
-def _nested_flags(state: MachineState) -> NestedStateFlags:
-    """Return the flags of vCPU 0's nested state; none where KVM has no such state."""
-    data = state.vcpus[0].get("nested")
-    return NestedStateFlags(kvm_nested_state.from_bytes(data).flags if data else 0)
-
-
-class _Children:
-    """The two processes; a context manager that ends them."""
-
-    def __init__(self, plan: Plan, places: list[Path]) -> None:
-        self._plan = plan
-        self._places = places
-        self._pids: list[int] = []
-        self._reports, self._writer = os.pipe()
-        self._pending = b""
-
-    def __enter__(self) -> _Children:
-        for index in range(2):
-            self._pids.append(self._fork(index))
-        os.close(self._writer)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for pid in self._pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        os.close(self._reports)
-        deadline = time.monotonic() + _END_S
-        left = list(self._pids)
-        while left := [pid for pid in left if os.waitpid(pid, os.WNOHANG)[0] == 0]:
-            if time.monotonic() > deadline:
-                raise HostError(f"storm: process {left[0]} does not end within {_END_S:g} s")
-            time.sleep(_LOOK_S)
-
-    def watch(self, seen: _Seen, *, until: Callable[[], bool]) -> None:
-        """Hand on what the processes report until there is enough.
-
-        Raises HostError: they are gone, or silent for SILENCE_S seconds.
-        """
-        while not until():
-            for event in self._next():
-                seen.take(event)
-
-    def _next(self) -> Iterator[Mapping[str, Any]]:
-        if not select.select([self._reports], [], [], SILENCE_S)[0]:
-            raise HostError(f"storm: neither process said anything for {SILENCE_S:g} s")
-        data = os.read(self._reports, 1 << 16)
-        if not data:
-            raise HostError("storm: both processes have ended")
-        *lines, self._pending = (self._pending + data).split(b"\n")
-        return map(json.loads, lines)
-
-    def _fork(self, index: int) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        status = 1
-        try:
-            os.close(self._reports)
-            _Process(self._plan, index, self._places, self._writer).run()
-            status = 0
-        finally:
-            # Nothing of what this process inherited is its own to clean up.
-            os._exit(status)
-
-
 class _Process:
     """One of the two processes that hand the machine to each other."""
 
-    def __init__(self, plan: Plan, index: int, places: list[Path], reports: int) -> None:
+    def __init__(self, plan: Plan, index: int, places: list[Path]) -> None:
         self._plan = plan
         self._index = index
         self._places = places
-        self._reports = reports
 
-    def run(self) -> None:
-        try:
-            self._take_part()
-        except (ScenarioFailure, Refused, KvmError) as e:
-            # KVM's answer to something that must work.
-            self._report(error=str(e)[:_LONGEST_ERROR], failure=True)
-        except NsvmError as e:
-            self._report(error=str(e)[:_LONGEST_ERROR], failure=False)
-        except Exception:
-            self._report(error=traceback.format_exc()[-_LONGEST_ERROR:], failure=False)
-
-    def _take_part(self) -> None:
+    def run(self, report: Reporter) -> None:
+        self._report = report
         mine, other, end = self._index, 1 - self._index, 2
         workload = None
         with Kvm() as kvm, listen_unix(self._places[mine]) as listener:
@@ -290,16 +208,8 @@ class _Process:
         )
         sent.abandon()
         machine.close()
-        flags = _nested_flags(sent.state)
         self._report(
-            move={
-                "downtime_s": sent.downtime_s,
-                "bytes": sent.size_bytes,
-                "rounds": len(sent.rounds),
-                "in_mid_step": int(workload.state["under_way"]),
-                "in_guest_mode": int(NestedStateFlags.KVM_STATE_NESTED_GUEST_MODE in flags),
-                "run_pending": int(NestedStateFlags.KVM_STATE_NESTED_RUN_PENDING in flags),
-            }
+            move={**figures(sent), "in_mid_step": int(workload.state["under_way"])},
         )
 
     def _work(self, workload: Workload) -> None:
@@ -318,7 +228,3 @@ class _Process:
         live.send(workload.machine, connect_unix(place)).abandon()
         workload.machine.close()
         self._report(ended=True)
-
-    def _report(self, **event: Any) -> None:
-        # A line is written at once: what is shorter than PIPE_BUF does not mix with another's.
-        os.write(self._reports, json.dumps(event).encode() + b"\n")

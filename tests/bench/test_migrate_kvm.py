@@ -24,6 +24,7 @@ from harness.facts import HostView, nested_svm
 from harness.host.local import LocalHost
 from harness.machine.memory import PAGE_SIZE
 from harness.migrate.errors import LinkLost
+from harness.migrate.live import PARTS
 from harness.migrate.shape import backings_of
 
 pytestmark = pytest.mark.kvm
@@ -32,7 +33,7 @@ TINY = Size(memory_mib=32, dirty_pages=5)
 FILLED = (32 - 1) * 256 // 2
 RESTS = range(5, 5 + 17)
 """With page tables, which some CPUs write to."""
-FIGURES = {"pages", "size_bytes", "round_ns", "rest_pages", "downtime_ns", "capture_ns"}
+FIGURES = {"pages", "size_bytes", "round_ns", "rest_pages", "downtime_ns", "parts_ns", "held_ns"}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +57,15 @@ def bench(kvm, c_side):
 @pytest.mark.parametrize("link", LINKS)
 def test_c_moves_a_machine_and_says_so_in_json(c_side, link):
     for _ in range(2):  # the source is used again
-        said = json.loads(c_side.ask("migrate", f"migrate {link} 32 5"))
+        said = json.loads(c_side.ask("migrate", f"migrate {link} 32 5 2"))
         assert set(said) == FIGURES
         assert FILLED <= said["pages"] <= FILLED + 16
         assert said["size_bytes"] > said["pages"] * PAGE_SIZE
         assert said["rest_pages"] in RESTS
         assert said["round_ns"] > 0
-        assert said["downtime_ns"] > said["capture_ns"] > 0
+        assert list(said["parts_ns"]) == list(PARTS)
+        assert sum(said["parts_ns"].values()) == said["downtime_ns"] > 0
+        assert said["held_ns"] > 0
 
 
 def test_c_takes_and_puts_state(c_side):
@@ -75,9 +78,10 @@ def test_c_takes_and_puts_state(c_side):
 @pytest.mark.parametrize(
     ("request_", "why"),
     [
-        ("migrate pigeon 32 5", "no link is called pigeon"),
-        ("migrate tcp 0 5", "0 MiB are no machine for this"),
-        ("migrate tcp 32 100000", "100000 pages are more than there are"),
+        ("migrate pigeon 32 5 2", "no link is called pigeon"),
+        ("migrate tcp 0 5 2", "0 MiB are no machine for this"),
+        ("migrate tcp 32 100000 2", "100000 pages are more than there are"),
+        ("migrate tcp 32 5", "a request is"),
         ("state", "a request is"),
     ],
 )
@@ -96,18 +100,31 @@ def test_both_sides_send_the_same_pages_again_and_again(bench, link):
         assert python.rest_pages in RESTS
         assert python.size_bytes > python.pages * PAGE_SIZE
         assert min(python.round_s, python.downtime_s, c.round_s, c.downtime_s) > 0
+        for side in (c, python):
+            assert list(side.parts_s) == list(PARTS)
+            assert sum(side.parts_s.values()) == pytest.approx(side.downtime_s)
+            assert side.held_s > 0
 
 
-def test_the_guest_dirties_its_pages_and_no_others(bench):
-    machine = bench.load.machine
+@pytest.mark.parametrize(
+    ("stride", "pages"), [(2, [256, 258, 260, 262, 264]), (1, [*range(256, 261)])]
+)
+def test_the_guest_dirties_its_pages_and_no_others(kvm, stride, pages):
+    load = PlainLoad(kvm, Size(32, 5, stride))
+    with load.machine:
+        expect_dirtied(load, pages)
+
+
+def expect_dirtied(load, pages):
+    machine = load.machine
     before, [backing] = backings_of(machine)[0][:], backings_of(machine)
-    bench.load.dirty()
+    load.dirty()
     changed = [
         at // PAGE_SIZE
         for at in range(0, len(before), PAGE_SIZE)
         if backing[at : at + PAGE_SIZE] != before[at : at + PAGE_SIZE]
     ]
-    assert [page for page in changed if page >= 256] == [256, 258, 260, 262, 264]
+    assert [page for page in changed if page >= 256] == pages
     assert struct.unpack_from("<Q", backing, 1 << 20)[0] == 256 + 2
 
 
@@ -147,6 +164,9 @@ def test_all_of_it_on_a_host(kvm, program):
         return
     assert {"state_l2", "state_l3"} <= skipped
     assert f"a plain VM, 64 MiB half in use, {FEW} pages left" in pairs[ROUND_NAMES[0]]["note"]
+    for name in DOWNTIME_NAMES:
+        for side in ("ours", "theirs"):
+            assert list(pairs[name][side]["parts_s"]) == [*PARTS, "held before"]
     for name in ROUND_NAMES:
         assert pairs[name]["unit"] == "MiB"
         assert pairs[name]["count"] == pairs[name]["ours"]["done"] >> 20

@@ -24,7 +24,7 @@ def test_a_host_that_does_not_say():
 
 
 def figures(pages=1000, rest_pages=64):
-    return Figures(pages, pages * 4096, 1.0, rest_pages, 0.001)
+    return Figures(pages, pages * 4096, 1.0, rest_pages, 0.001, {"state": 0.001}, 0.0)
 
 
 class FakeBench(Bench):

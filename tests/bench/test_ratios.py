@@ -24,6 +24,12 @@ def test_one_spoilt_repetition_moves_the_spread_and_not_the_share():
     assert spoilt.spread == (0.02, 5.0)
 
 
+def test_what_load_leaves_of_many_is_the_share_of_the_least_times():
+    assert row((2.0, 9.0), (50.0, 1.0), (3.0, 7.0)).share_of_least == 0.5
+    with pytest.raises(ValueError, match="nothing was measured"):
+        _ = row().share_of_least
+
+
 def test_times_are_per_round():
     measured = row((4.0, 2.0), (6.0, 2.0), (5.0, 2.0), count=1000)
     assert measured.ours_us == pytest.approx(5000)
@@ -43,6 +49,7 @@ def test_json_has_all_repetitions_and_survives_a_round_trip():
     assert data["share"] == pytest.approx(0.375)
     assert (data["share_min"], data["share_max"]) == (0.25, 0.5)
     assert (data["ours_s"], data["theirs_s"]) == ([2.0, 4.0], [1.0, 1.0])
+    assert data["share_of_least"] == 0.5
     assert data["count"] == 7
     assert data["is_part"] is False
     assert "details" not in data

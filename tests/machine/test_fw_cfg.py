@@ -76,3 +76,16 @@ def test_files_are_in_the_order_of_their_names():
 def test_a_name_that_does_not_fit_is_refused():
     with pytest.raises(MachineError, match="longer than 55 bytes"):
         FwCfg({}, {"x" * 56: b""})
+
+
+def test_how_far_it_was_read_travels(device):
+    assert item(device, FwCfgKey.FW_CFG_SIGNATURE, 2) == b"QE"
+    other = pc_fw_cfg(3, 5 << 30, e820_map(5 << 30), "image one two")
+    other.restore(device.state())
+    assert bytes(other.read(DATA, 1) for _ in range(3)) == b"MU\0"
+
+
+@pytest.mark.parametrize("state", [{}, {"key": 0}, {"key": -1, "next": 0}, {"key": 0, "next": "x"}])
+def test_a_malformed_state_is_named(device, state):
+    with pytest.raises(MachineError, match="fw_cfg: malformed state"):
+        device.restore(state)

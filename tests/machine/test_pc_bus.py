@@ -1,6 +1,7 @@
 import pytest
 
 from harness.machine.console import GuestExit, PortOut
+from harness.machine.errors import MachineError
 from harness.machine.guest_abi import DEBUG_EXIT_PORT, SERIAL_PORT
 from harness.machine.pc_bus import IrqLines, KeyboardController, LatchPorts, PcBus, SystemControl
 
@@ -63,3 +64,16 @@ def test_interrupt_lines_follow_their_ports(bus, lines):
     bus.out(0x200E, 4, b"\1\0\0\0")
     bus.out(0x200E, 4, bytes(4))
     assert lines == [(14, 1), (14, 0)]
+
+
+def test_the_latch_travels():
+    latch, other = LatchPorts(), LatchPorts()
+    latch.write(0xE1, 2, 0xABCD)
+    other.restore(latch.state())
+    assert other.read(0xE0, 4) == 0xABCD00
+
+
+@pytest.mark.parametrize("state", [{}, {"latch": "00"}, {"latch": 5}])
+def test_a_malformed_latch_is_named(state):
+    with pytest.raises(MachineError, match="pc-testdev: malformed state"):
+        LatchPorts().restore(state)

@@ -189,3 +189,18 @@ def test_more_cpus_than_the_image_has_stacks_for_are_refused_by_it(run):
     end, text = run(vcpus=65)
     assert text.endswith("a stack for every CPU: FAILED\n")
     assert end.exit_code == 3
+
+
+def test_a_pc_tells_what_its_devices_hold_and_another_takes_it(kvm):
+    with Pc(kvm, None, memory_mib=16) as pc, Pc(kvm, None, memory_mib=16) as other:
+        pc.bus.out(0xE0, 1, b"\x5a")
+        pc.bus.out(0x510, 2, b"\x00\x00")
+        pc.bus.out(0x70, 1, b"\x40")
+        pc.bus.out(0x3FB, 1, b"\x03")
+        pc.write_mmio(TEST_MEMORY.start, b"kept")
+        assert other.device_state() != pc.device_state()
+        other.restore_devices(pc.device_state())
+        assert other.device_state() == pc.device_state()
+        assert set(pc.device_state()) == {"fw_cfg", "cmos", "latch", "com1", "test_memory"}
+        assert other.bus.read(0xE0, 1) == b"\x5a"
+        assert other.bus.read(0x511, 1) == b"Q"

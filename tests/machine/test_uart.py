@@ -133,9 +133,33 @@ def test_state_travels(uart, levels):
     assert seen == [0]
 
 
+def test_a_byte_that_was_looped_back_travels(uart):
+    uart.write(MCR, 0x10)
+    uart.write(THR, 0x42)
+    other = Uart(COM1_PORT, Line(COM1_IRQ, lambda irq, level: None))
+    other.restore(uart.state())
+    assert other.read(LSR) & 1
+    assert other.read(THR) == 0x42
+
+
+GOOD = {
+    "registers": "00" * 8,
+    "divisor": "0100",
+    "received": [],
+    "fifos": False,
+    "transmitter_empty": False,
+}
+
+
 @pytest.mark.parametrize(
     "state",
-    [{}, {"registers": "zz"}, {"registers": "00" * 8, "divisor": "0100", "received": [256]}],
+    [
+        {},
+        {"registers": "zz"},
+        {"registers": "00" * 8, "divisor": "0100", "received": [256]},
+        {**GOOD, "looped_back": 256},
+        {**GOOD, "fifos": None, "received": None},
+    ],
 )
 def test_a_malformed_state_is_named(uart, state):
     with pytest.raises(MachineError, match="UART 0x3f8: malformed state"):

@@ -8,10 +8,11 @@ import zlib
 from dataclasses import dataclass
 
 from harness.migrate.memory_image import Batch
+from harness.migrate.sections import pack_parts
 from harness.migrate.shape import Shape, SlotShape
-from harness.migrate.state import VM_PARTS
 from harness.migrate.stream import DONE, MAGIC, VERSION, StreamWriter
 from harness.migrate.vcpu_parts import VCPU_PARTS
+from harness.migrate.vm_parts import VM_PARTS
 from harness.svm.vmcb import VMCB_SIZE, vmcb
 from kvm_ioctl.asm_kvm import (
     NestedStateFlags,
@@ -68,7 +69,7 @@ def vcpu_parts(irqchip=True, **changes):
     return {name: data for name, data in parts.items() if data is not None}
 
 
-def stream(*, source=SOURCE, shape=SHAPE, vm=None, vcpus=None, sides=None, pages=True):
+def stream(*, source=SOURCE, shape=SHAPE, vm=None, vcpus=None, sides=None, pages=True, prep=()):
     """A whole valid stream, unless arguments make it another one."""
     sink = io.BytesIO()
     writer = StreamWriter(sink)
@@ -81,6 +82,8 @@ def stream(*, source=SOURCE, shape=SHAPE, vm=None, vcpus=None, sides=None, pages
         scattered = [memoryview(bytes([number]) * PAGE) for number in (3, 4)]
         writer.pages(Batch(0, ((0, 1), (2, 1))), scattered)
     writer.side("early", 1)
+    for number, parts in prep:
+        writer.prepare(number, pack_parts(parts))
     writer.vm(vm_parts(irqchip) if vm is None else vm)
     count = shape.vcpus if is_shape else 2
     for number, parts in enumerate([vcpu_parts(irqchip)] * count if vcpus is None else vcpus):

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from harness.migrate.difference import field_differences
 from harness.migrate.fields import canonical_xsave, part_fields, state_fields
-from harness.migrate.state import VM_PARTS, MachineState
+from harness.migrate.state import MachineState
 from harness.migrate.vcpu_parts import VCPU_PARTS
+from harness.migrate.vm_parts import VM_PARTS
 from kvm_ioctl.asm_kvm import kvm_nested_state, kvm_pit_state2, kvm_sregs
 from kvm_ioctl.linux_kvm import kvm_irqchip
 

@@ -28,6 +28,7 @@ from harness.migrate.dirty import Tracking
 from harness.migrate.errors import Refused
 from harness.migrate.fields import state_fields
 from harness.migrate.links import Cancel
+from harness.migrate.live import PARTS
 from harness.migrate.live_move import hand_over
 from harness.migrate.precopy import Options
 from harness.migrate.state import capture
@@ -86,7 +87,11 @@ def test_what_was_sent_is_counted(guest):
     assert all(done.size_bytes > done.pages * 4096 for done in (*sent.rounds, sent.rest))
     assert sum(sizes) < sent.size_bytes < sum(sizes) + (1 << 20)
     assert 0 < sent.downtime_s < 10
-    assert handed.received.pages == sum(done.pages for done in (*sent.rounds, sent.rest))
+    # And one that the rehearsal sends.
+    assert handed.received.pages == sum(done.pages for done in (*sent.rounds, sent.rest)) + 1
+    assert list(sent.downtime_parts_s) == list(PARTS)
+    assert sum(sent.downtime_parts_s.values()) == pytest.approx(sent.downtime_s)
+    assert 0 < sent.held_s < 10
 
 
 def test_it_converges_when_few_enough_pages_are_left(guest):

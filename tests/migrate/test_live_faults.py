@@ -20,7 +20,9 @@ from harness.migrate.handover import Message, Say, expect, put
 from harness.migrate.links import Cancel
 from harness.migrate.live import Patience
 from harness.migrate.precopy import Options
-from harness.migrate.stream import DONE, StreamReader
+from harness.migrate.sections import DONE, PREP, unpack_number
+from harness.migrate.state import StateWriter
+from harness.migrate.stream import StreamReader
 
 pytestmark = pytest.mark.kvm
 
@@ -28,7 +30,8 @@ DESTINATION = Path(__file__).with_name("live_destination.py")
 CUTS = 30
 QUICK = Options(few_pages=1000, welcome_s=10, ready_s=10, commit_s=2, stall_s=10)
 COMMIT_BYTES = len(Message(Say.COMMIT).encode())
-SAID = [len(Message(say).encode()) for say in (Say.WELCOME, Say.READY, Say.RUNNING)]
+SAYS = (Say.WELCOME, Say.PREPARED, Say.READY, Say.RUNNING)
+SAID = [len(Message(say).encode()) for say in SAYS]
 
 
 @pytest.fixture
@@ -133,7 +136,7 @@ def test_the_link_is_cut_after_any_number_of_bytes_sent(guest):
 def test_the_link_is_cut_after_any_number_of_bytes_received(guest, cut):
     ours, theirs = pair_cut(receives=cut)
     error, there = migrate(guest, ours, theirs)
-    if cut < sum(SAID[:2]):
+    if cut < sum(SAID[:3]):
         assert isinstance(error, LinkLost)
         assert there.result is None
     elif cut < sum(SAID):
@@ -175,10 +178,10 @@ def test_nothing_is_left_of_failed_migrations(guest):
 
 
 def test_a_destination_that_cannot_restore_refuses_with_the_reason(guest, monkeypatch):
-    def refuse(machine, state, order):
+    def refuse(writer, state):
         raise Refused("vcpu 0: nested: KVM_SET_NESTED_STATE on vcpu fd: EINVAL")
 
-    monkeypatch.setattr("harness.migrate.transfer.restore", refuse)
+    monkeypatch.setattr(StateWriter, "write", refuse)
     ours, theirs = pair()
     error, there = migrate(guest, ours, theirs)
     assert type(error) is Refused
@@ -215,6 +218,8 @@ def at_the_end(link, then):
     for section in StreamReader(link).sections():
         if section.number == 0:
             put(link, Say.WELCOME)
+        if section.tag == PREP and unpack_number(section) == 1:  # the VM's, after the vCPU's
+            put(link, Say.PREPARED)
         if section.tag == DONE:
             then(link)
 
@@ -292,7 +297,9 @@ def test_the_wrong_word_is_an_error(guest, say):
         (at_the_end, {"ready_s": 0.2}, "waiting for READY"),
     ],
 )
-def test_a_silent_destination_is_given_up(guest, place, limit, what):
+def test_a_silent_destination_is_given_up(guest, monkeypatch, place, limit, what):
+    # Else the link takes all of the machine.
+    monkeypatch.setattr("harness.migrate.connections._UNIX_BUFFER_BYTES", 64 << 10)
     guest.machine.memory.write(0x20000, b"x" * 0xD0000)
     with pytest.raises(LinkLost, match=f"{what}: link to .* lost: nothing moved in time"):
         send_to(guest, place, lambda link: time.sleep(2), options=Options(few_pages=1000, **limit))

@@ -9,14 +9,19 @@ from hypothesis import strategies as st
 from harness.machine.memory import PAGE_SIZE
 from harness.migrate.memory_image import (
     BATCH_PAGES,
+    CHUNK_PAGES,
     Batch,
+    Memory,
     batches,
+    bits_of_pages,
+    copy_batch,
     filled_spans,
     not_zero,
     populated,
     populated_spans,
     spans,
-    view_of,
+    spans_of_bits,
+    together,
 )
 
 PAGES = 3000
@@ -104,7 +109,30 @@ def test_a_batch_shows_its_pages():
 
 def test_a_view_does_not_keep_a_mapping_open():
     mapping = mmap.mmap(-1, PAGE_SIZE)
-    view = view_of(mapping)
+    view = Memory(mapping).view
     view[:2] = b"ab"
     assert mapping[:3] == b"ab\0"
     mapping.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.integers(0, 3 * CHUNK_PAGES), max_size=300), st.integers(0, CHUNK_PAGES))
+def test_bits_are_spans(some, run):
+    wanted = some | set(range(run, run + 700))
+    found = spans_of_bits(bits_of_pages(wanted))
+    assert [page for at, count in found for page in range(at, at + count)] == sorted(wanted)
+    assert max(count for _, count in found) <= BATCH_PAGES
+    assert list(together(3, found)) == list(batches(3, found))
+
+
+def test_no_bits_are_no_spans():
+    assert spans_of_bits({}) == []
+    assert list(together(0, [])) == []
+
+
+def test_a_batch_is_copied_to_its_places():
+    here, there = Memory(bytearray(b"\1" * 4 * PAGE_SIZE)), Memory(bytearray(4 * PAGE_SIZE))
+    copy_batch(there, here, Batch(0, ((0, 1), (2, 2))))
+    assert [there.view[page * PAGE_SIZE] for page in range(4)] == [1, 0, 1, 1]
+    with pytest.raises(ValueError, match="the pages end at 0x5000, and memory before that"):
+        copy_batch(there, here, Batch(0, ((0, 1), (4, 1))))

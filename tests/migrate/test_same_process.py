@@ -11,21 +11,23 @@ from harness.migrate.dirty import DirtyTracker
 from harness.migrate.errors import Cancelled, LinkLost, Refused, StreamError
 from harness.migrate.links import Cancel
 from harness.migrate.live_move import hand_over
-from harness.migrate.memory_image import Batch
+from harness.migrate.memory_image import Batch, Memory
 from harness.migrate.precopy import Options
 from harness.migrate.shape import backings_of
 from kvm_ioctl.request import KvmError
 
+ONE = Batch(0, ((0, 1),))
 
-def pages(value, count):
-    return memoryview(bytes([value]) * (count * PAGE_SIZE))
+
+def memory_of(*values):
+    return Memory(bytearray(b"".join(bytes([value]) * PAGE_SIZE for value in values)))
 
 
 def place_in(memory):
     def place(where, batch):
         if batch.spans[-1][0] > 100:
             raise StreamError(f"{where}: outside memory")
-        return batch.views(memoryview(memory))
+        return memory
 
     return place
 
@@ -90,16 +92,16 @@ def test_a_destination_that_ends_without_a_word_is_lost():
 
 def test_who_is_closed_or_cancelled_does_nothing_more():
     source, destination = same_process.ends()
-    destination.place = place_in(bytearray(2 * PAGE_SIZE))
+    destination.place = place_in(memory_of(0, 0))
     cancel = Cancel()
     cancel.set()
     with source.during("testing", cancel=cancel):
-        for do in (lambda: source.write(b"x"), lambda: source.bring(Batch(0, ((0, 1),)), [])):
+        for do in (lambda: source.write(b"x"), lambda: source.bring(ONE, memory_of(1))):
             with pytest.raises(Cancelled):
                 do()
     destination.close()
     with pytest.raises(LinkLost, match="there is no place for pages"):
-        source.bring(Batch(0, ((0, 1),)), [pages(1, 1)])
+        source.bring(ONE, memory_of(1))
     source.close()
     with pytest.raises(LinkLost, match="it is closed"):
         source.write(b"x")
@@ -107,23 +109,24 @@ def test_who_is_closed_or_cancelled_does_nothing_more():
 
 def test_pages_are_copied_and_told_in_their_order():
     source, destination = same_process.ends()
-    memory = bytearray(6 * PAGE_SIZE)
+    memory = memory_of(0, 0, 0, 0, 0, 0)
     destination.place = place_in(memory)
     one, other = Batch(0, ((1, 2), (5, 1))), Batch(0, ((2, 1),))
-    source.bring(one, [pages(1, 2), pages(2, 1)])
-    source.bring(other, [pages(3, 1)])
-    found = [memory[page * PAGE_SIZE] for page in range(6)]
-    assert found == [0, 1, 3, 0, 0, 2]
+    source.bring(one, memory_of(9, 1, 1, 9, 9, 2))
+    source.bring(other, memory_of(9, 9, 3, 9, 9, 9))
+    assert bytes(memory.view) == bytes(memory_of(0, 1, 3, 0, 0, 2).view)
     assert source.sent_bytes == 4 * PAGE_SIZE
     assert [destination.came(batch) for batch in (one, one, other)] == [True, False, False]
 
 
 def test_pages_outside_memory_are_refused():
     source, destination = same_process.ends()
-    destination.place = place_in(bytearray(PAGE_SIZE))
+    destination.place = place_in(memory_of(0))
     with pytest.raises(StreamError, match="pages past the stream: outside memory"):
-        source.bring(Batch(0, ((101, 1),)), [pages(1, 1)])
+        source.bring(Batch(0, ((101, 1),)), memory_of(1))
     assert not destination.came(Batch(0, ((101, 1),)))
+    with pytest.raises(ValueError, match="the pages end at 0x2000, and memory before that"):
+        source.bring(Batch(0, ((1, 1),)), memory_of(1))
 
 
 # With one
@@ -153,7 +156,12 @@ def test_all_memory_arrives_without_another_thread(guest, monkeypatch):
 @needs_kvm
 @pytest.mark.parametrize(
     ("module", "name"),
-    [(transfer, "restore"), (transfer, "BlankMachine"), (transfer, "read_state")],
+    [
+        (transfer.StateWriter, "write"),
+        (transfer.StateWriter, "begin"),
+        (transfer, "BlankMachine"),
+        (transfer.Loader, "rehearse"),
+    ],
 )
 def test_what_the_destination_cannot_do_is_a_refusal_and_the_source_goes_on(
     guest, monkeypatch, module, name

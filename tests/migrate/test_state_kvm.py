@@ -1,7 +1,9 @@
 """Plain machines through a stream and back, on this machine's KVM; none of this needs SVM."""
 
+import contextlib
 import io
 import os
+import struct
 import threading
 
 import pytest
@@ -19,8 +21,10 @@ from harness.migrate.errors import Refused, StreamError
 from harness.migrate.inspect import compare, inspect_stream
 from harness.migrate.notes import Loss
 from harness.migrate.orders import DEFAULT, NAMED
-from harness.migrate.state import capture
+from harness.migrate.shape import BlankMachine, Shape, wants_whole_events
+from harness.migrate.state import MachineState, StateReader, StateWriter, _Step, capture
 from harness.migrate.transfer import load, save
+from kvm_ioctl.asm_kvm import kvm_regs
 from kvm_ioctl.capabilities import Cap
 
 pytestmark = pytest.mark.kvm
@@ -146,6 +150,78 @@ def test_what_kvm_refuses_is_named_with_its_part(kvm, loop):
     with pytest.raises(Refused, match=r"vcpu 0: mp_state: KVM_SET_MP_STATE on vcpu fd: EINVAL"):
         load(kvm, io.BytesIO(seal(sections)))
     assert left_behind() == before
+
+
+BEFORE = pytest.mark.parametrize("early", [False, True], ids=["all of it", "CPUID before"])
+PAT_MSR, STAR, SFMASK = 0x277, 0xC0000081, 0xC0000084
+PAT = 0x0007040600070406
+
+
+@contextlib.contextmanager
+def blank(kvm, machine, early):
+    """A machine of the same shape, what writes its state, and the state of the other one."""
+    state = capture(machine)
+    with BlankMachine(kvm, Shape.of(machine)) as other:
+        writer = StateWriter(other, DEFAULT)
+        if early:
+            for number, parts in enumerate(state.vcpus):
+                writer.begin(number, parts)
+        yield other, writer, state
+
+
+def changed(state, **parts):
+    """The same with other parts of vCPU 0."""
+    first, *others = state.vcpus
+    return MachineState(state.vm, ({**first, **parts}, *others))
+
+
+@BEFORE
+def test_a_refused_msr_is_noted_and_the_others_are_written(kvm, loop, early):
+    msrs = [(PAT_MSR, PAT), (0x1234567, 5), (STAR, 0x77), (0x1234568, 0), (SFMASK, 0x200)]
+    packed = b"".join(struct.pack("<IIQ", index, 0, value) for index, value in msrs)
+    with blank(kvm, loop, early) as (machine, writer, state):
+        notes = writer.write(changed(state, msrs=packed))
+        values = machine.vcpus[0].vcpu.get_msrs([PAT_MSR, STAR, SFMASK])
+    assert values == {PAT_MSR: PAT, STAR: 0x77, SFMASK: 0x200}
+    assert [note.what for note in notes] == ["msrs.0x1234567"]
+
+
+@BEFORE
+def test_what_is_refused_is_named_with_its_part(kvm, loop, early):
+    with (
+        blank(kvm, loop, early) as (_, writer, state),
+        pytest.raises(Refused, match=r"vcpu 0: mp_state: KVM_SET_MP_STATE on vcpu fd: EINVAL"),
+    ):
+        writer.write(changed(state, mp_state=b"\xff" * 4))
+
+
+def test_all_is_written_at_once_if_cpuid_is_there(kvm, loop, monkeypatch):
+    with blank(kvm, loop, True) as (machine, writer, state):
+        with monkeypatch.context() as patched:
+            patched.setattr(_Step, "write", lambda step, data: pytest.fail(step.name))
+            writer.write(state)
+        assert state_differences(state, capture(machine)) == []
+
+
+def test_other_leaves_than_before_are_written_again(kvm, loop):
+    with blank(kvm, loop, False) as (machine, writer, state):
+        writer.begin(0, {"cpuid": state.vcpus[0]["cpuid"][:-40]})
+        writer.write(state)
+        assert state_differences(state, capture(machine)) == []
+
+
+def test_a_reader_sees_what_changes_and_asks_again_for_msrs(kvm):
+    with Machine(kvm, vcpus=1, memory_mib=1) as machine:
+        wants_whole_events(machine.vm)
+        reader, vcpu = StateReader(machine), machine.vcpus[0].vcpu
+        before = reader.read().state()
+        vcpu.set_regs(kvm_regs(rax=0x55, rflags=2))
+        vcpu.set_msrs({0xC0000081: 0x99})
+        vcpu.set_cpuid2(vcpu.get_cpuid2()[:-1])
+        after = reader.read().state()
+        assert state_differences(after, capture(machine)) == []
+        one, other = before.vcpus[0], after.vcpus[0]
+        assert {"regs", "msrs", "cpuid"} <= {name for name in one if one[name] != other[name]}
 
 
 def test_every_truncation_leaves_nothing_behind(kvm, loop):

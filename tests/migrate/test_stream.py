@@ -25,24 +25,30 @@ from hypothesis import strategies as st
 
 from harness.migrate.errors import Refused, StreamError
 from harness.migrate.inspect import as_json, compare, inspect_stream
-from harness.migrate.memory_image import BATCH_PAGES, Batch
+from harness.migrate.memory_image import BATCH_PAGES, Batch, Memory
 from harness.migrate.sections import (
     LONGEST,
+    NUMBER,
     SIDE,
+    Mould,
     Section,
     expect_inside,
+    pack_parts,
     parse_json,
+    split_parts,
+    unpack_number,
     unpack_pages,
     unpack_parts,
     unpack_side,
-    unpack_vcpu,
 )
 from harness.migrate.shape import Shape
 from harness.migrate.stream import MAGIC, PAGES_BESIDE, StreamReader, StreamWriter
+from kvm_ioctl.asm_kvm import kvm_msr_entry, kvm_nested_state
 
 VALID = stream()
 SECTIONS = take_apart(VALID)
 LONGEST_LINE = 400
+TWICE = bytes(kvm_msr_entry(index=5)) * 2
 
 names = st.text(st.characters(min_codepoint=32, max_codepoint=126), min_size=1, max_size=255)
 json_values = st.recursive(
@@ -144,8 +150,26 @@ def test_taking_apart_and_sealing_changes_nothing():
 def test_parts_come_back(parts, number):
     sink = io.BytesIO()
     StreamWriter(sink).vcpu(number, parts)
-    section = take_apart(sink.getvalue())[0]
-    assert unpack_vcpu(Section(section.tag, 0, 0, section.body), parts) == (number, parts)
+    raw = take_apart(sink.getvalue())[0]
+    section = Section(raw.tag, 0, 0, raw.body)
+    assert unpack_number(section) == number
+    assert unpack_parts(section, NUMBER.size, parts) == parts
+    assert split_parts(raw.body, NUMBER.size) == parts
+
+
+@settings(deadline=None)
+@given(st.dictionaries(names, st.binary(max_size=64), min_size=1, max_size=5), st.data())
+def test_a_mould_fits_what_is_like_it_and_nothing_else(parts, data):
+    mould, *_, last = Mould(parts), *parts
+    like = {name: bytes(len(value)) for name, value in parts.items()}
+    like[last] = data.draw(st.binary(max_size=64))
+    packed = b"1234" + pack_parts(like)
+    assert mould.split(packed, 4) == like
+    damaged = bytearray(packed)
+    damaged[data.draw(st.integers(4, len(packed) - 1))] ^= 1
+    found = mould.split(bytes(damaged), 4)
+    assert found is None or found == split_parts(bytes(damaged), 4)
+    assert mould.split(packed[: data.draw(st.integers(0, len(packed) - 1))], 4) is None
 
 
 @settings(deadline=None)
@@ -286,13 +310,13 @@ def test_random_bodies_with_right_checksums_are_refused_in_one_line(number, body
     [
         (b"", "the start: cut off after 0 of 16 bytes"),
         (b"x" * 16, "not a machine's stream: it starts with b'xxxxxxxx'"),
-        (MAGIC + b"\1\0" + bytes(6), "stream version 1, this harness reads 2"),
-        (MAGIC + b"\3\0" + bytes(6), "stream version 3, this harness reads 2"),
-        (MAGIC + b"\2\0\4\0" + bytes(4), "the start: unknown flags 0x4"),
-        (MAGIC + b"\2\0\0\1" + bytes(4), "the start: unknown flags 0x100"),
-        (MAGIC + b"\2\0" + bytes(5) + b"\1", "the start: 00 00 00 01 where zeroes must be"),
+        (MAGIC + b"\1\0" + bytes(6), "stream version 1, this harness reads 3"),
+        (MAGIC + b"\4\0" + bytes(6), "stream version 4, this harness reads 3"),
+        (MAGIC + b"\3\0\4\0" + bytes(4), "the start: unknown flags 0x4"),
+        (MAGIC + b"\3\0\0\1" + bytes(4), "the start: unknown flags 0x100"),
+        (MAGIC + b"\3\0" + bytes(5) + b"\1", "the start: 00 00 00 01 where zeroes must be"),
         (
-            MAGIC + b"\2\0\3\0" + bytes(4),
+            MAGIC + b"\3\0\3\0" + bytes(4),
             "the start: pages come past the stream, and here is no way for them",
         ),
     ],
@@ -678,16 +702,18 @@ def test_pages_that_cannot_be_placed(data, why):
 def past_the_stream(*found):
     """Return a stream whose pages were brought otherwise, and what was brought."""
     sink, brought = io.BytesIO(), []
-    writer = StreamWriter(sink, bring=lambda batch, pages: brought.append((batch, pages)))
+    writer = StreamWriter(sink, bring=lambda batch, memory: brought.append((batch, memory)))
     writer.head({})
-    writer.pages(*filled(5, *found))
+    batch, memory = Batch(0, found), Memory(bytearray(b"\5" * (16 * PAGE)))
+    assert writer.pages_of(batch, memory) == batch.pages
+    assert brought[0][1] is memory
     assert writer.written_bytes == len(sink.getvalue()) + sum(n for _, n in found) * PAGE
     return sink.getvalue(), brought
 
 
 def test_pages_past_the_stream_are_not_in_it():
-    data, [(batch, pages)] = past_the_stream((1, 2), (9, 1))
-    assert (batch, pages) == filled(5, (1, 2), (9, 1))
+    data, [(batch, _)] = past_the_stream((1, 2), (9, 1))
+    assert batch == Batch(0, ((1, 2), (9, 1)))
     assert bytes([5] * 16) not in data
     came = [batch]
     sections = StreamReader(io.BytesIO(data), came=lambda batch: batch == came.pop()).sections()
@@ -711,3 +737,60 @@ def test_pages_past_the_stream_and_in_it_are_refused():
     next(sections)
     with pytest.raises(StreamError, match="4096 bytes of pages that come past the stream"):
         next(sections)
+
+
+# What came beforehand
+
+PREPARED = [(0, vcpu_parts()), (1, vcpu_parts()), (2, vm_parts())]
+
+
+def test_what_came_beforehand_counts_less():
+    earlier = [(0, vcpu_parts(regs=b"\7" * 144)), *PREPARED[1:]]
+    assert read(stream(prep=earlier)).state == read(stream()).state
+
+
+@pytest.mark.parametrize("name", ["nested", "msrs", "cpuid"])
+def test_a_state_that_is_not_like_the_one_beforehand_is_read_all_the_same(name):
+    other = kvm_nested_state(size=128, format=1).as_bytes() if name == "nested" else b""
+    earlier = [(0, vcpu_parts(**{name: other})), *PREPARED[1:]]
+    assert read(stream(prep=earlier)).state == read(stream()).state
+
+
+@pytest.mark.parametrize(
+    ("prep", "line"),
+    [
+        ([PREPARED[1]], "vCPU 1, 0 is next"),
+        ([PREPARED[0], PREPARED[0]], "vCPU 0, 1 is next"),
+        ([*PREPARED, (3, vm_parts())], "the machine has 2 vCPUs"),
+        ([(0, vm_parts())], "part 'pic_master' is unknown"),
+        ([(0, vcpu_parts(regs=b""))], "part regs has 0 bytes, not 144"),
+        ([(0, vcpu_parts(msrs=TWICE))], "one MSR is there twice"),
+    ],
+)
+def test_wrong_ones_beforehand_are_refused(prep, line):
+    assert line in refusal(stream(prep=prep))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"nested": vcpu_parts()["nested"][:-1]}, "part nested"),
+        ({"nested": b""}, "part nested has 0 bytes"),
+        ({"regs": None}, "part regs is missing"),
+        ({"lapic": b"x"}, "part lapic has 1 bytes"),
+    ],
+)
+def test_wrong_ones_after_right_ones_are_refused(changes, line):
+    vcpus = [vcpu_parts(**changes), vcpu_parts()]
+    assert line in refusal(stream(prep=PREPARED, vcpus=vcpus))
+
+
+def test_one_msr_twice_after_right_ones_is_refused():
+    earlier = vcpu_parts(msrs=bytes(kvm_msr_entry(index=1)) + bytes(kvm_msr_entry(index=2)))
+    data = stream(prep=[(0, earlier), *PREPARED[1:]], vcpus=[vcpu_parts(msrs=TWICE), vcpu_parts()])
+    assert "one MSR is there twice" in refusal(data)
+
+
+def test_a_wrong_chip_after_right_ones_is_refused():
+    vm = {**vm_parts(), "ioapic": vm_parts()["pic_slave"]}
+    assert "chip_id is 1, not KVM_IRQCHIP_IOAPIC" in refusal(stream(prep=PREPARED, vm=vm))

@@ -19,8 +19,11 @@ MATRIX = ["migrate", "--matrix", "6.1,7.3"]
         ([*MATRIX, "--live", "--link", "rate=10"], "nsvm: link: rate=10: a number with one of"),
         ([*MATRIX, "--live", "--link", ""], "nsvm: link: '' is none of rate="),
         ([*MATRIX, "--live", "--link", "loss=2"], "nsvm: link: loss=2: a number with one of %"),
-        ([*MATRIX, "--link", "loss=1%"], "--link goes with --matrix and --live"),
-        (["migrate", "--storm", "1", "--link", "loss=1%"], "--link goes with --matrix and --live"),
+        ([*MATRIX, "--link", "loss=1%"], "--link goes with --from, or with --matrix and --live"),
+        (
+            ["migrate", "--storm", "1", "--link", "loss=1%"],
+            "--link goes with --from, or with --matrix and --live",
+        ),
     ],
 )
 def test_a_wrong_link_is_one_line(arguments, complaint):

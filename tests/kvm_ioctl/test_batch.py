@@ -1,0 +1,101 @@
+"""Calls and copies in one go: what the machine code does is what the loop in Python does."""
+
+import ctypes
+import errno
+import mmap
+from array import array
+
+import pytest
+
+from kvm_ioctl import batch
+from kvm_ioctl.asm_kvm import kvm_regs, kvm_sregs
+from kvm_ioctl.batch import Batch, Call, copy_pages
+from kvm_ioctl.handles import Vcpu
+from kvm_ioctl.request import ClosedError, KvmError
+
+PAGE = mmap.PAGESIZE
+
+
+@pytest.fixture(params=["machine code", "Python"])
+def how(request, monkeypatch):
+    if request.param == "Python":
+        monkeypatch.setattr(batch, "_code", lambda: None)
+    else:
+        assert batch._code() is not None
+    return request.param
+
+
+def address(memory):
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def test_pages_are_copied_and_no_others(how):
+    here = bytearray(b"".join(bytes([number]) * PAGE for number in range(8)))
+    there = bytearray(b"\xff" * (8 * PAGE))
+    copy_pages(array("Q", [1, 2, 5, 1]), address(there), address(here))
+    assert [there[page * PAGE] for page in range(8)] == [255, 1, 2, 255, 255, 5, 255, 255]
+    assert [there[page * PAGE - 1] for page in range(1, 9)] == [255, 1, 2, 255, 255, 5, 255, 255]
+
+
+def test_no_pages_are_no_pages(how):
+    copy_pages(array("Q"), 0, 0)
+
+
+@pytest.fixture
+def vcpu(kvm):
+    with kvm.create_vm() as vm:
+        yield vm.create_vcpu(0)
+
+
+@pytest.mark.kvm
+def test_all_calls_are_made_in_order(how, vcpu):
+    vcpu.set_regs(kvm_regs(rax=1, rflags=2))
+    first, new, second = kvm_regs(), kvm_regs(rax=7, rflags=2), kvm_regs()
+    calls = Batch(
+        [
+            Call(vcpu, Vcpu.KVM_GET_REGS, first),
+            Call(vcpu, Vcpu.KVM_SET_REGS, new),
+            Call(vcpu, Vcpu.KVM_GET_REGS, second),
+            Call(vcpu, Vcpu.KVM_GET_TSC_KHZ, None),
+        ]
+    )
+    for _ in range(2):
+        assert calls.run() == 4
+        assert calls.result(3) == vcpu.get_tsc_khz()
+        assert second.rax == 7
+    assert first.rax == 7
+    vcpu.set_regs(kvm_regs(rax=3, rflags=2))
+    assert calls.run(first=2) == 4
+    assert (first.rax, second.rax) == (7, 3)
+
+
+@pytest.mark.kvm
+def test_the_first_that_fails_is_the_last(how, vcpu):
+    bad, sregs = kvm_regs(rflags=2), kvm_sregs()
+    bad_sregs = vcpu.get_sregs()
+    bad_sregs.cr0 = 1 << 31  # paging without protection
+    bad_sregs.cr4 = 1 << 63
+    calls = Batch(
+        [
+            Call(vcpu, Vcpu.KVM_SET_SREGS, bad_sregs),
+            Call(vcpu, Vcpu.KVM_GET_SREGS, sregs),
+        ]
+    )
+    assert calls.run() == 0
+    assert calls.result(0) == -errno.EINVAL
+    assert str(calls.error(0)) == "KVM_SET_SREGS on vcpu fd: EINVAL (Invalid argument)"
+    assert sregs.as_bytes() == bytes(len(bytes(sregs)))
+    with pytest.raises(KvmError, match="KVM_SET_SREGS"):
+        calls.run_all()
+    tolerant = Batch([Call(vcpu, Vcpu.KVM_SET_SREGS, bad_sregs, least=None)])
+    assert tolerant.run() == 1
+    demanding = Batch([Call(vcpu, Vcpu.KVM_GET_REGS, bad, least=1)])
+    assert demanding.run() == 0
+
+
+@pytest.mark.kvm
+def test_closed_handles_are_not_used(how, vcpu):
+    calls = Batch([Call(vcpu, Vcpu.KVM_GET_REGS, kvm_regs())])
+    vcpu.close()
+    with pytest.raises(ClosedError):
+        calls.run()

@@ -11,9 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.commands.options import host_choice, host_options, require_writable, write_json
-from harness.nest.plan import Inner, Plan
+from harness.nest.plan import Inner, Plan, Vmm
+from harness.qemu_vmm.over import Over
 from harness.report.verdict import Verdict, exit_status
 from harness.runner.nest import nest
+
+_MEMORY_COLUMNS = {
+    "anon": ("guest, MiB", 20),
+    "kernel": ("kernel, KiB", 10),
+    "sec_pagetables": ("tables, KiB", 10),
+    "nested_bytes": ("nested, B", 0),
+    "pages_4k": ("4 KiB pages", 0),
+    "pages_2m": ("2 MiB pages", 0),
+}
+"""Of a `memory` event: the title, and by how many bits its figure is shifted."""
 
 
 @click.command("nest")
@@ -53,10 +64,36 @@ from harness.runner.nest import nest
     default=1,
     show_default=True,
     metavar="N",
-    help="Let time pass N times slower from L2 on, where emulated ticks would eat up all of it.",
+    help="Let time pass N times slower in all guests: emulated ticks would eat up most of it.",
 )
 @click.option(
-    "--moves", type=click.IntRange(0), default=0, show_default=True, help="Migrations of L1."
+    "--moves",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Migrations of L1 to and fro between two processes, at random moments.",
+)
+@click.option(
+    "--smis",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="SMIs that L1 gets, at random moments.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides about the moments.")
+@click.option(
+    "--vmm",
+    type=click.Choice([kind.value for kind in Vmm]),
+    default=Vmm.OWN.value,
+    show_default=True,
+    help="What runs L1 in the host: the harness itself, or QEMU.",
+)
+@click.option(
+    "--move-over",
+    type=click.Choice([kind.value for kind in Over]),
+    default=Over.UNIX.value,
+    show_default=True,
+    help="What QEMU migrates L1 over.",
 )
 @click.option("--append", default="", metavar="ARGS", help="More of the guests' command line.")
 @click.option(
@@ -76,6 +113,10 @@ def command(
     patience: float,
     slow_clock: int,
     moves: int,
+    smis: int,
+    seed: int,
+    vmm: str,
+    move_over: str,
     append: str,
     consoles: Path | None,
     json_file: Path | None,
@@ -92,8 +133,26 @@ def command(
     harness broke, or a level stopped and nobody can say whether it hangs or is slow.
     """
     require_writable(json_file)
+    if vmm == Vmm.QEMU and smis:
+        raise click.UsageError("--smis cannot go with --vmm qemu: QMP has no command for an SMI")
+    if vmm != Vmm.QEMU and move_over != Over.UNIX:
+        raise click.UsageError("--move-over chooses what QEMU migrates over: it needs --vmm qemu")
     options = f"{Plan.options} {append}".strip()
-    plan = Plan(depth, Inner(inner), vcpus, steps, rounds, options, patience, slow_clock, moves)
+    plan = Plan(
+        depth,
+        Inner(inner),
+        vcpus,
+        steps,
+        rounds,
+        options,
+        patience,
+        slow_clock,
+        moves,
+        smis,
+        seed,
+        Vmm(vmm),
+        Over(move_over),
+    )
     report = nest(host_choice(host, kernel, modules), plan, guest_kernel, _tell, consoles)
     if json_file is not None:
         write_json(json_file, report)
@@ -126,6 +185,8 @@ def _print(report: dict[str, Any]) -> None:
             f"move {move['number']:<7} {move['bytes'] >> 20} MiB in {move['seconds']:.1f} s, down"
             f" for {1e3 * move['downtime_s']:.0f} ms, {move['in_guest_mode']} vCPUs in guest mode"
         )
+    if report["smis"]:
+        console.print(_smis(report["smis"]))
     if report["lost"]:
         console.print(f"last console lines of L{report['lost']['level']}:")
         for line in report["lost"]["console"].splitlines():
@@ -134,6 +195,18 @@ def _print(report: dict[str, Any]) -> None:
         f"verdict      {report['verdict']}: {report['why']} ({report['seconds']:.0f} s)",
         markup=False,
         soft_wrap=True,
+    )
+
+
+def _smis(smis: list[dict[str, Any]]) -> str:
+    """Return in one line what the SMIs hit, and how fast their handler was entered."""
+    hit = sum(smi["left_guest"] for smi in smis)
+    times = sorted(smi["seconds"] for smi in smis)
+    median, longest = 1e3 * times[len(times) // 2], 1e3 * times[-1]
+    ways = sorted({smi["way"] for smi in smis})
+    return (
+        f"SMIs         {len(smis)} by {' and '.join(ways)}, {hit} while L1 ran a guest;"
+        f" handler after {median:.0f} ms (median), {longest:.0f} ms at most"
     )
 
 
@@ -151,12 +224,16 @@ def _row(level: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _memory_table(rows: list[dict[str, Any]]) -> Table:
-    """Return what the host paid when a level came to a new stage; not for every round of work."""
-    shown = {"anon": "guests, MiB", "kernel": "kernel, MiB", "sec_pagetables": "KVM's tables, MiB"}
-    there = [name for name in shown if name in rows[0]]
-    table = Table("memory of the host when", *(shown[name] for name in there))
-    for row in rows:
-        if not row["what"].startswith("round"):
-            sizes = (f"{row[name] / (1 << 20):.1f}" for name in there)
-            table.add_row(f"L{row['level']} {row['what']}", *sizes)
+    """Return what each VM cost the kernel that runs it, stage by stage."""
+    seen = {name for row in rows for name in row}
+    columns = {name: column for name, column in _MEMORY_COLUMNS.items() if name in seen}
+    table = Table("VM", "when", *(title for title, _ in columns.values()))
+    for vm in sorted({row["vm"] for row in rows}):
+        for row in (row for row in rows if row["vm"] == vm):
+            figures = (
+                str(row[name] >> shift) if name in row else ""
+                for name, (_, shift) in columns.items()
+            )
+            table.add_row(f"L{vm}", f"L{row['level']} {row['what']}", *figures)
+        table.add_section()
     return table

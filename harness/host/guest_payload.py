@@ -17,8 +17,9 @@ from harness.host.initrd_build import build_initrd
 from harness.host.kernels import Kernel, KernelError
 from harness.host.userland import userland
 
-#: A guest needs no driver for its channel, a serial port; those are built in.
-GUEST_MODULES = ("kvm_amd",)
+#: A guest needs no driver for its channel, a serial port; those are built in. What QEMU runs has
+#: this image as a virtio disk, see `init`.
+GUEST_MODULES = ("virtio_pci", "virtio_blk", "kvm_amd")
 
 #: As `harness.nest.payload` calls them; that one runs where this module is not.
 KERNEL_MEMBER, INITRD_MEMBER = "kernel", "initrd"

@@ -28,16 +28,18 @@ def shell_quoted(path: Path) -> str:
 class Monitor:
     """One QMP connection over a connected socket; it greets once, so it is opened once."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, command_s: float = _COMMAND_S) -> None:
+        """Use a connected socket; every command may take `command_s` seconds."""
         self._socket = sock
+        self._command_s = command_s
         self._loop = asyncio.new_event_loop()
         self._client: QMPClient | None = None
 
     def _wait(self, work: Coroutine[Any, Any, T], what: str) -> T:
         try:
-            return self._loop.run_until_complete(asyncio.wait_for(work, _COMMAND_S))
+            return self._loop.run_until_complete(asyncio.wait_for(work, self._command_s))
         except TimeoutError as e:
-            raise HostError(f"QEMU did not answer {what} within {_COMMAND_S:.0f} s") from e
+            raise HostError(f"QEMU did not answer {what} within {self._command_s:.0f} s") from e
         except QMPError as e:
             raise HostError(f"QEMU: {what}: {e}") from e
 
@@ -52,6 +54,17 @@ class Monitor:
             self._wait(client.connect(self._socket), "connecting")
             self._client = client
         return self._wait(self._client.execute(name, arguments), name)
+
+    def pass_descriptor(self, fd: int, name: str) -> None:
+        """Give QEMU a descriptor of ours, to be named in commands.
+
+        Raises:
+            HostError: as `command`.
+        """
+        self.command("query-status")  # connected, if it was not
+        if self._client is not None:
+            self._client.send_fd_scm(fd)
+        self.command("getfd", fdname=name)
 
     def save_machine(self, path: Path) -> None:
         """Write the machine's whole state to `path`, and let the machine go on.

@@ -1,57 +1,78 @@
-"""One Linux guest: a `LinuxPc` that runs in threads, its console, and a session with its agent."""
+"""A Linux guest as its host has it: a console, a session with its agent, what is done to it."""
 
 from __future__ import annotations
 
-import os
 import socket
-import threading
 from collections.abc import Callable
-from typing import Final, Self
+from dataclasses import asdict
+from typing import Any, Final, Protocol, Self
 
-from harness.errors import HostLost
+from harness.errors import HarnessError, HostLost
 from harness.host.session import Session
-from harness.machine.linux_boot import LinuxBoot
 from harness.machine.linux_pc import LinuxPc
-from harness.machine.pc_run import PcEnd, PcRunner
-from harness.nest.payload import INITRD_MEMBER, KERNEL_MEMBER, PARAMETER, Source, members
+from harness.machine.smi_counter import Way
+from harness.nest.running import ChannelLines, LinuxSpec, RunningPc, build_pc
 from kvm_ioctl.handles import Kvm
 
-CHANNEL_OPTIONS: Final = "nsvm.channel=ttyS1"
-_LAST_LINES = 25
-_STOP_S = 20.0
-_END_S = 2.0
+_LAST_LINES: Final = 25
+_END_S: Final = 2.0
 """For the machine's end to be noticed after its channel's."""
 
 
-class LinuxGuest:
+class Guest(Protocol):
     """A Linux that runs until it is closed; a context manager."""
 
-    def __init__(
-        self,
-        kvm: Kvm,
-        source: Source,
-        *,
-        name: str,
-        shows_source: bool,
-        vcpus: int,
-        memory_mib: int,
-        options: Callable[[int], str],
-        life_s: float,
-        silence_s: float,
-        on_console: Callable[[str], None],
-    ) -> None:
+    name: str
+    session: Session
+
+    @property
+    def last_words(self) -> str:
+        """The end of its console."""
+
+    def move(self) -> dict[str, Any]:
+        """Migrate it; return figures: downtime_s, seconds, bytes, rounds, in_guest_mode."""
+
+    def smi(self, index: int, way: Way, timeout_s: float) -> dict[str, Any]:
+        """Send a vCPU an SMI; return what `CountedSmi` has."""
+
+    def counts(self) -> dict[str, int]:
+        """Return KVM's statistics of it; empty where there are none."""
+
+    def close(self) -> None:
+        """End it."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Console:
+    """Keeps what a guest prints, and hands it on."""
+
+    def __init__(self, on_text: Callable[[str], None]) -> None:
+        self._on_text = on_text
+        self._pieces: list[str] = []
+
+    def take(self, text: str) -> None:
+        """Take a piece."""
+        self._pieces.append(text)
+        self._on_text(text)
+
+    @property
+    def last_words(self) -> str:
+        """Its last lines."""
+        lines = [line.rstrip() for line in "".join(self._pieces).splitlines()]
+        return "\n".join(lines[-_LAST_LINES:])
+
+
+class LinuxGuest:
+    """A Linux in this process, where it stays."""
+
+    def __init__(self, kvm: Kvm, spec: LinuxSpec, on_console: Callable[[str], None]) -> None:
         """Build the machine and let it boot.
 
         Args:
             kvm: an open /dev/kvm.
-            source: kernel and initrd.
-            name: for messages, as "L1".
-            shows_source: whether the guest can read them too, for guests of its own.
-            vcpus: how many.
-            memory_mib: memory in MiB.
-            options: returns more of the kernel command line for a TSC of so many kHz.
-            life_s: seconds that it may run at most.
-            silence_s: seconds without a word from its agent after which it counts as lost.
+            spec: what is wanted.
             on_console: gets what it prints on its console.
 
         Raises HostError: no such image.
@@ -59,32 +80,14 @@ class LinuxGuest:
         Raises KvmError: KVM refused something.
 
         """
-        self.name = name
-        self._console: list[str] = []
-        self._on_console = on_console
-        self.end: PcEnd | None = None
-        """How the machine ended, if it did."""
-        self.error: BaseException | None = None
-        ours, self._theirs = socket.socketpair()
-        self._line = bytearray()
-        image = source.map()
-        files = members(memoryview(image))
-        shown = f"{PARAMETER}={source.size_bytes:#x} " if shows_source else ""
-        command_line = f"{CHANNEL_OPTIONS} {shown}{options(_tsc_khz(kvm))}"
-        boot = LinuxBoot(files[KERNEL_MEMBER], files[INITRD_MEMBER], command_line, name)
-        self.pc = LinuxPc(
-            kvm,
-            boot,
-            vcpus=vcpus,
-            memory_mib=memory_mib,
-            on_channel=self._take_byte,
-            shared=source.map() if shows_source else None,
-        )
-        self.session = Session(_UartPipe(ours, self.pc), self._why_dead, silence_s)
-        self._ours = ours
-        self._runner = PcRunner(self.pc, self._take_text)
-        self._thread = threading.Thread(target=self._run, args=(life_s,), name=name, daemon=True)
-        self._thread.start()
+        self.name = spec.name
+        self._console = Console(on_console)
+        self._ours, theirs = socket.socketpair()
+        self._channel = ChannelLines(theirs.fileno())
+        pc = build_pc(kvm, spec, self._channel.take)
+        self.session = Session(_UartPipe(self._ours, pc), self._why_dead, spec.silence_s)
+        # Whoever waits for the agent learns of its end.
+        self._running = RunningPc(pc, spec.life_s, self._console.take, theirs.close)
 
     def __enter__(self) -> Self:
         return self
@@ -94,53 +97,31 @@ class LinuxGuest:
 
     def close(self) -> None:
         """End the machine."""
-        self._runner.stop()
-        self._thread.join(_STOP_S)
+        self._running.close()
         self._ours.close()
-        if not self._thread.is_alive():
-            self.pc.close()
 
     @property
     def last_words(self) -> str:
         """The end of its console."""
-        lines = [line.rstrip() for line in "".join(self._console).splitlines()]
-        return "\n".join(lines[-_LAST_LINES:])
+        return self._console.last_words
 
-    def _run(self, life_s: float) -> None:
-        try:
-            self.end = self._runner.run(life_s)
-        except BaseException as e:
-            self.error = e
-        finally:
-            # Whoever waits for the agent learns of it.
-            self._theirs.close()
+    def move(self) -> dict[str, Any]:
+        """Refuse: it takes two processes to move between."""
+        raise HarnessError(f"{self.name} stays in the process that it is in")
 
-    def _take_text(self, text: str) -> None:
-        self._console.append(text)
-        self._on_console(text)
+    def smi(self, index: int, way: Way, timeout_s: float) -> dict[str, Any]:
+        """Send a vCPU an SMI; return what `CountedSmi` has."""
+        return asdict(self._running.smi(index, way, timeout_s))
 
-    def _take_byte(self, value: int) -> None:
-        self._line.append(value)
-        if value == 0x0A:
-            line, self._line = self._line, bytearray()
-            os.write(self._theirs.fileno(), line)
+    def counts(self) -> dict[str, int]:
+        """Return KVM's statistics of it; empty where there are none."""
+        return self._running.counts()
 
     def _why_dead(self, reason: str) -> HostLost:
-        self._thread.join(_END_S)
-        if self.error is not None:
-            why = f"{type(self.error).__name__}: {self.error}"
-        elif self.end is not None:
-            why = str(self.end.text)
-        else:
-            why = reason
-        return HostLost(f"{self.name} is lost: {why}", self.last_words)
-
-
-def _tsc_khz(kvm: Kvm) -> int:
-    """Return how fast the TSC of this host's guests is; 0 if KVM does not know."""
-    with kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
-        khz: int = vcpu.get_tsc_khz()
-        return khz
+        self._running.join(_END_S)
+        return HostLost(
+            f"{self.name} is lost: {self._running.why_ended or reason}", self.last_words
+        )
 
 
 class _UartPipe:

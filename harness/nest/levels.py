@@ -1,12 +1,14 @@
 """What is called at every level: boot the next one, if there is one, then work.
 
 Levels are counted from the host, 0. Whatever happens deeper reaches the outside as events: `stage`
-(where a level stands), `console` and `kmsg` (what its kernel says), `moved`, `lost`.
+(where a level stands), `console` and `kmsg` (what its kernel says), `memory`, `pulse`, `moved`,
+`smi`, `lost`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from harness.nest.plan import Plan
@@ -22,12 +24,17 @@ def descend(emit: Callable[..., None], *, level: int, plan: dict[str, Any]) -> d
     # Imported where they are needed: an import costs seconds where Python itself is nested.
     wanted = Plan.from_json(plan)
     reports: dict[str, Any] = {}
-    if level < wanted.linux_levels:
-        from harness.nest.next_level import boot_level
+    with ExitStack() as stack:
+        if level == 1 and wanted.disturbed:
+            from harness.nest.dirtying import Dirtying
 
-        reports = boot_level(emit, level + 1, wanted)
-    if level:
-        from harness.nest.work import work
+            stack.enter_context(Dirtying())
+        if level < wanted.linux_levels:
+            from harness.nest.next_level import boot_level
 
-        reports[f"L{level}"] = work(emit, level, wanted)
+            reports = boot_level(emit, level + 1, wanted)
+        if level:
+            from harness.nest.work import work
+
+            reports[f"L{level}"] = work(emit, level, wanted)
     return reports

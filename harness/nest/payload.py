@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from harness.errors import HostError
+from harness.machine.addresses import Gpa
 from harness.machine.linux_pc import SHARED_GPA
+from harness.machine.memory import huge_mapping
 
 PARAMETER: Final = "nsvm.payload"
 """On a guest's kernel command line: how many bytes there are at SHARED_GPA."""
@@ -27,6 +29,7 @@ VARIABLE: Final = "NSVM_PAYLOAD"
 _DISK = Path("/dev/vda")
 _MEMORY = Path("/dev/mem")
 _BLOCK = 512
+_COPIED_BYTES = 1 << 20
 _NAME, _SIZE = slice(0, 100), slice(124, 136)
 
 
@@ -58,6 +61,20 @@ class Source:
                 os.close(fd)
         except (OSError, ValueError) as e:
             raise HostError(f"{self}: {getattr(e, 'strerror', None) or e}") from e
+
+    def copy(self, gpa: Gpa) -> mmap.mmap:
+        """Return a copy of the image in huge pages, to be shown to a guest at `gpa`.
+
+        In the mapping itself every page would cost the guest a fault: of a file, or of memory that
+        is mapped by /dev/mem, KVM maps single pages.
+
+        Raises HostError: it cannot be mapped.
+        """
+        made = huge_mapping(gpa, self.size_bytes)
+        with self.map() as image:
+            for at in range(0, self.size_bytes, _COPIED_BYTES):
+                made[at : at + _COPIED_BYTES] = image[at : at + _COPIED_BYTES]
+        return made
 
     def __str__(self) -> str:
         return f"{self.path} at {self.offset:#x}, {self.size_bytes} bytes"

@@ -12,11 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from harness.nest.plan import PROXY_LAUNCHED, Inner, Plan
+from harness.nest.plan import PROXY_LAUNCHED, ROUND, Inner, Plan
 from harness.nest.workloads import Workloads, entry_sums
 
 PROXY_LEVELS: Final = 2
 """Of the proxy machine: its L1 launches an L2, which for the host are some levels deeper."""
+
+_BUSY: Final = 500_000
+"""Operations of the proxy, some tenths of a second where SVM is emulated."""
 
 
 def work(emit: Callable[..., None], level: int, plan: Plan) -> dict[str, Any]:
@@ -24,7 +27,9 @@ def work(emit: Callable[..., None], level: int, plan: Plan) -> dict[str, Any]:
 
     Raises ScenarioFailure: something in it was not as it must be.
     """
-    entries = own_work(plan, lambda n: emit("stage", level=level, what=f"round {n}", seconds=None))
+    entries = own_work(
+        plan, lambda n: emit("stage", level=level, what=f"{ROUND} {n}", seconds=None)
+    )
     report: dict[str, Any] = {
         "release": platform.release(),
         "cpus": os.cpu_count(),
@@ -49,6 +54,7 @@ def proxy_work(emit: Callable[..., None], level: int, plan: Plan) -> list[str]:
     """Run the storm's workload in a proxy machine; return its transcript."""
     # Imported where it is needed: an import costs seconds where Python itself is nested.
     from harness.proxy.machine import ProxyMachine
+    from harness.proxy.program import loop, nop
     from harness.storm.workload import MEMORY_MIB, TIMEOUT_S, Kind, Workload
     from kvm_ioctl.handles import Kvm
 
@@ -59,6 +65,9 @@ def proxy_work(emit: Callable[..., None], level: int, plan: Plan) -> list[str]:
         until_told = plan.works_until_told(level)
         while workload.steps_done < plan.steps or (until_told and not _was_told()):
             workload.step()
+            if until_told:
+                # What is done to L1 shall find it running its guest, not Python.
+                workload.level.run(loop(_BUSY, [nop()]))
         return workload.transcript
 
 
@@ -76,7 +85,7 @@ def expected(
     many steps as were reported.
     """
     steps = max((len(report.get("proxy", ())) for report in reports.values()), default=0)
-    wanted = replace(Plan.from_json(plan), steps=steps, moves=0)
+    wanted = replace(Plan.from_json(plan), steps=steps, moves=0, smis=0)
     found: dict[str, Any] = {"rounds": own_work(wanted)}
     if wanted.inner is Inner.PROXY:
         found["proxy"] = proxy_work(lambda kind, **data: None, 0, wanted)

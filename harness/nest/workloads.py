@@ -1,56 +1,33 @@
 """Work for a Linux of any level, in rounds: deterministic, so that anybody can say what comes out.
 
-Every round writes memory and files and reads them back, watches clocks and timers, lets a thread
-visit every CPU, and keeps values in FPU and AVX registers while it is interrupted. A round's entry
-says what was seen; two runs with as many rounds and CPUs have the same entries, wherever they ran.
+Every round writes memory and files and reads them back, watches clocks and timers, visits every CPU
+and has CPUs wake each other, keeps values in FPU and AVX registers while it is interrupted and
+reckons in them. A round's entry says what was seen; two runs with as many rounds and CPUs have the
+same entries, wherever they ran.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
+import select
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
 
 from harness.errors import ScenarioFailure
+from harness.nest.registers import keep_registers, reckon
 
 _MEMORY_BYTES = 1 << 20
 _PAGE = 4096
 _FILES = 12
 _CLOCK_READS = 200
 _TIMER_S = 0.01
-_SPINS = 200_000
-"""For registers to be kept; some timer interrupts long."""
-
-_FLOAT_STEPS = 500
-_TEN_BITS = 0x3FF
-
-# Values go into the first and the last vector register and onto the x87 stack; after a loop of ESI
-# iterations all come out again. rdi: in, rdx: out.
-_KEEP_AVX: Final = bytes.fromhex(
-    "c5fe6f07"  # vmovdqu ymm0, [rdi]
-    "c57e6f7f20"  # vmovdqu ymm15, [rdi+32]
-    "d9eb"  # fldpi
-    "89f1 ffc9 75fc"  # mov ecx, esi; 1: dec ecx; jnz 1b
-    "dd5a40"  # fstp qword [rdx+64]
-    "c5fe7f02"  # vmovdqu [rdx], ymm0
-    "c57e7f7a20"  # vmovdqu [rdx+32], ymm15
-    "c5f877 c3"  # vzeroupper; ret
-)
-_KEEP_SSE: Final = bytes.fromhex(
-    "f30f6f07"  # movdqu xmm0, [rdi]
-    "f3440f6f7f20"  # movdqu xmm15, [rdi+32]
-    "d9eb 89f1 ffc9 75fc dd5a40"
-    "f30f7f02"  # movdqu [rdx], xmm0
-    "f3440f7f7a20"  # movdqu [rdx+32], xmm15
-    "c3"
-)
-_PI: Final = struct.pack("<Q", 0x4009_21FB_5444_2D18)
+_MESSAGES = 20
+"""From one CPU to the next."""
+_WAKE_S = 60.0
 
 
 class Workloads:
@@ -75,8 +52,8 @@ class Workloads:
                 f"clock {self._clock_work()}",
                 f"timer {self._timer_work()}",
                 f"cpus {self._cpu_work()}",
-                f"float {_float_work(number)}",
-                f"registers {_register_work(number)}",
+                f"float {reckon(number)}",
+                f"registers {keep_registers(number)}",
                 f"files {self._file_work(number):08x}",
             )
             yield f"{number}: {', '.join(parts)}"
@@ -91,11 +68,14 @@ class Workloads:
     def _clock_work(self) -> str:
         """Read clocks again and again: none may go back, also not since the last round."""
         for _ in range(_CLOCK_READS):
-            now = time.monotonic_ns()
-            _require(now >= self._last_ns, f"CLOCK_MONOTONIC: {self._last_ns} and then {now} ns")
-            self._last_ns = now
+            self._read_clock()
         self._count += _CLOCK_READS
         return f"forward {self._count}"
+
+    def _read_clock(self) -> None:
+        now = time.monotonic_ns()
+        _require(now >= self._last_ns, f"CLOCK_MONOTONIC: {self._last_ns} and then {now} ns")
+        self._last_ns = now
 
     def _timer_work(self) -> str:
         """Sleep: not for a shorter time than asked for."""
@@ -106,15 +86,22 @@ class Workloads:
         return "in time"
 
     def _cpu_work(self) -> str:
-        """Run on one CPU after the other, for which they send each other IPIs."""
+        """Visit all CPUs, on which the clock must not go back either, and let them wake each other.
+
+        One that is moved to another CPU is sent there by an IPI, as is one that is woken there.
+        """
         allowed = os.sched_getaffinity(0)
         there = sorted(allowed)
+        cpus = [there[min(index, len(there) - 1)] for index in range(self._cpus)]
         try:
-            for index in range(self._cpus):
-                os.sched_setaffinity(0, {there[min(index, len(there) - 1)]})
+            for cpu in cpus:
+                os.sched_setaffinity(0, {cpu})
+                self._read_clock()
+            for first, second in zip(cpus, [*cpus[1:], cpus[0]], strict=True):
+                _ping_pong(first, second, _MESSAGES)
         finally:
             os.sched_setaffinity(0, allowed)
-        return f"visited {self._cpus}"
+        return f"visited {self._cpus}, {_MESSAGES * self._cpus} messages"
 
     def _file_work(self, number: int) -> int:
         """Rewrite a file of the tree, return the checksum of all names and contents."""
@@ -141,36 +128,34 @@ def _pattern(number: int) -> bytes:
     return b"".join(struct.pack("<I", word) * (_PAGE // 4) for word in words)
 
 
-def _float_work(number: int) -> str:
-    value = 1.0 + number
-    for step in range(_FLOAT_STEPS):
-        value = (value * 1.000_000_119 + 1.0 / (step + 1)) % 1000.0
-    return value.hex()
+def _ping_pong(first: int, second: int, messages: int) -> None:
+    """Have threads on two CPUs wake each other, which takes an IPI each time that one sleeps."""
+    there, back = os.pipe(), os.pipe()
+    lost: list[str] = []
 
+    def answer() -> None:
+        os.sched_setaffinity(0, {second})
+        for number in range(messages):
+            got = os.read(there[0], 4)
+            if got != struct.pack("<I", number):
+                lost.append(f"message {number} came as {got.hex()}")
+            os.write(back[1], got)
 
-def _register_work(number: int) -> str:
-    """Keep values in registers while interrupts come; the text does not say which registers."""
-    code = _KEEP_AVX if _has_avx() else _KEEP_SSE
-    width = 32 if code is _KEEP_AVX else 16
-    given = _pattern(number)[:32] + _pattern(number + 1)[_PAGE : _PAGE + 32]
-    taken = ctypes.create_string_buffer(72)
-    with mmap.mmap(-1, _PAGE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as page:
-        page.write(code)
-        anchor = ctypes.c_char.from_buffer(page)
-        kind = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_uint, ctypes.c_void_p)
-        kind(ctypes.addressof(anchor))(given, _SPINS + (number & _TEN_BITS), taken)
-        del anchor
-    for at in (0, 32):
-        _require(taken.raw[at : at + width] == given[at : at + width], "a vector register changed")
-    _require(taken.raw[64:72] == _PI, "the x87 stack changed")
-    return "kept"
-
-
-def _has_avx() -> bool:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return "avx" in line.split()
-    return False
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    try:
+        os.sched_setaffinity(0, {first})
+        for number in range(messages):
+            os.write(there[1], struct.pack("<I", number))
+            arrives = select.select([back[0]], [], [], _WAKE_S)[0]
+            _require(bool(arrives), f"CPU {second} does not wake up within {_WAKE_S:g} s")
+            os.read(back[0], 4)
+        thread.join(_WAKE_S)
+    finally:
+        # Not if the other one may still use them.
+        for fd in () if thread.is_alive() else (*there, *back):
+            os.close(fd)
+    _require(not lost, "; ".join(lost))
 
 
 def _require(holds: bool, what: str) -> None:

@@ -7,15 +7,14 @@ here depends on the allocator's trace points or on stack unwinding.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from harness.errors import HarnessError, HostError
+from harness.errors import HarnessError
 from harness.probe.interruption import uninterrupted
-from harness.probe.tracefs import TRACEFS, TraceEvent, TraceInstance, write
+from harness.probe.kprobes import Kprobes
+from harness.probe.tracefs import TraceEvent, TraceInstance
 
 PAGE_SIZE = 4096
 
@@ -44,12 +43,10 @@ class FunctionProbe:
     allocations: int = 0
     frees: int = 0
     _trace: TraceInstance = field(default_factory=lambda: TraceInstance("functions"))
-    _defined: list[str] = field(default_factory=list)
     _brackets: dict[int, _Bracket] = field(default_factory=dict)
 
-    @property
-    def _group(self) -> str:
-        return f"nsvm_{os.getpid()}"
+    def __post_init__(self) -> None:
+        self._events = Kprobes(self._trace)
 
     def __enter__(self) -> Self:
         try:
@@ -62,15 +59,14 @@ class FunctionProbe:
         return self
 
     def _arm(self) -> None:
-        self._define("p", "enter_alloc", ("svm_allocate_nested",))
-        self._define("r", "leave_alloc", ("svm_allocate_nested",))
-        self._define("p", "enter_free", ("svm_free_nested",))
-        self._define("r", "leave_free", ("svm_free_nested",))
-        allocator = self._define("p", "page_alloc", _ALLOC, "order=%si:u32")
-        self._define("r", "page_alloced", (allocator,), "page=$retval:x64")
-        self._define("p", "page_free", _FREE, "order=%si:u32")
-        for event in self._defined:
-            self._trace.enable(event)
+        self._events.define("p", "enter_alloc", ("svm_allocate_nested",))
+        self._events.define("r", "leave_alloc", ("svm_allocate_nested",))
+        self._events.define("p", "enter_free", ("svm_free_nested",))
+        self._events.define("r", "leave_free", ("svm_free_nested",))
+        allocator = self._events.define("p", "page_alloc", _ALLOC, "order=%si:u32")
+        self._events.define("r", "page_alloced", (allocator,), "page=$retval:x64")
+        self._events.define("p", "page_free", _FREE, "order=%si:u32")
+        self._events.enable()
 
     def __exit__(
         self,
@@ -80,32 +76,10 @@ class FunctionProbe:
     ) -> None:
         self._remove()
 
-    def _define(self, kind: str, name: str, functions: Sequence[str], fields: str = "") -> str:
-        """Define a probe on the first of `functions` that this kernel has; return which.
-
-        Trying costs less than looking a name up in /proc/kallsyms.
-        """
-        control = TRACEFS / "kprobe_events"
-        if not control.exists():
-            raise HostError("this kernel has no kprobe events (CONFIG_KPROBE_EVENTS)")
-        refusals = []
-        for function in functions:
-            definition = f"{kind}:{self._group}/{name} {function} {fields}".rstrip()
-            try:
-                write(control, definition + "\n", append=True)
-            except HostError as e:
-                refusals.append(str(e))
-                continue
-            self._defined.append(f"{self._group}/{name}")
-            return function
-        raise HostError(f"no function event on {' or '.join(functions)}: {refusals[-1]}")
-
     def _remove(self) -> None:
         with uninterrupted():
-            # The instance first: an enabled probe cannot be removed.
             self._trace.__exit__(None, None, None)
-            while self._defined:
-                write(TRACEFS / "kprobe_events", f"-:{self._defined.pop(0)}\n", append=True)
+            self._events.remove()
 
     def _account(self, event: TraceEvent) -> None:
         bracket = self._brackets.setdefault(event.tid, _Bracket())

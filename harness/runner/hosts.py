@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +12,7 @@ from typing import Any, Self
 from harness.errors import HostError
 from harness.facts import HostView, nested_svm
 from harness.host.session import Host, Session
-from harness.scenarios.case import GUEST_LINUX
+from harness.scenarios.case import GUEST_LINUX, GUEST_QEMU
 
 #: The kernel that the emulated host boots unless told otherwise.
 DEFAULT_KERNEL = "6.1"
@@ -22,6 +22,9 @@ SSH = "ssh:"
 
 #: Memory of an emulated host that has a Linux guest, in MiB.
 GUEST_LINUX_MIB = 1024
+
+#: And more of it for QEMU, which has the guest twice while it moves.
+GUEST_QEMU_MIB = 640
 
 
 def host_name(text: str) -> str:
@@ -76,13 +79,14 @@ def make_host(
 ) -> Host:
     """Return the chosen host, not started yet; an emulated one gets `cpus` CPUs.
 
-    `params` are kvm_amd's, and may have GUEST_LINUX.
+    `params` are kvm_amd's, and may have GUEST_LINUX and GUEST_QEMU.
 
     Raises:
         HostError: it cannot be had.
     """
     params = {**dict(choice.params), **(params or {})}
     guest_linux = params.pop(GUEST_LINUX, None) is not None
+    guest_qemu = params.pop(GUEST_QEMU, None) is not None
     kind = choice.resolved()
     # Imported here: no kind of host needs what another one does.
     if kind.startswith(SSH):
@@ -91,11 +95,11 @@ def make_host(
         from harness.host.local import LocalHost
 
         if not guest_linux:
-            return LocalHost(params)
+            return LocalHost(params, log=log)
         from harness.host.guest_payload import build_payload
         from harness.host.kernels import resolve
 
-        return LocalHost(params, build_payload(resolve(DEFAULT_KERNEL)))
+        return LocalHost(params, build_payload(resolve(DEFAULT_KERNEL)), log)
     from harness.host.emulated import EmulatedHost, Hardware
     from harness.host.kernels import resolve
 
@@ -105,6 +109,14 @@ def make_host(
         from harness.host.guest_payload import build_payload
 
         hardware = Hardware(cpus, GUEST_LINUX_MIB, build_payload(kernel))
+    if guest_qemu:
+        from harness.host.qemu_payload import build_qemu_payload
+
+        hardware = replace(
+            hardware,
+            memory_mib=hardware.memory_mib + GUEST_QEMU_MIB,
+            qemu_disk=build_qemu_payload(),
+        )
     return EmulatedHost(kernel, params, hardware, warm=warm, keep_spare=keep_spare, log=log)
 
 

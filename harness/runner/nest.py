@@ -14,8 +14,9 @@ from harness.host.emulated import EmulatedHost, Hardware
 from harness.host.guest_payload import build_payload
 from harness.host.kernels import resolve
 from harness.host.local import LocalHost
+from harness.host.qemu_payload import build_qemu_payload
 from harness.host.session import CallResult, Event, Host, Session
-from harness.nest.plan import Plan
+from harness.nest.plan import Plan, Vmm
 from harness.nest.workloads import entry_sums
 from harness.probe.kmsg import new_taints, splats
 from harness.report.verdict import Verdict
@@ -23,6 +24,7 @@ from harness.runner.hosts import DEFAULT_KERNEL, HostChoice
 
 TARGET, EXPECTED = "harness.nest.levels:descend", "harness.nest.work:expected"
 _EXPECTED_S = 300.0
+_SILENCE_S = 60.0
 _LAST_LINES = 15
 
 Tell = Callable[[str], None]
@@ -53,11 +55,13 @@ class Level:
 class Tower:
     """Takes the events of all levels; consoles go to files below `directory` as they come."""
 
-    def __init__(self, tell: Tell, directory: Path | None = None) -> None:
+    def __init__(self, tell: Tell, directory: Path | None = None, slow_clock: int = 1) -> None:
+        self._slow_clock = slow_clock
         self.levels: dict[int, Level] = {}
         self.lost: dict[str, Any] = {}
         """The innermost level that died: its number, why, and its last console lines."""
         self.moves: list[dict[str, Any]] = []
+        self.smis: list[dict[str, Any]] = []
         self.memory: list[dict[str, Any]] = []
         """What the tower cost the host at every stage, in bytes."""
         self._tell = tell
@@ -86,7 +90,9 @@ class Tower:
         level = self.level(data["level"])
         level.at = data["what"]
         if data["seconds"] is not None:
-            level.stages[level.at] = data["seconds"]
+            # The level that has it as a guest counts them; from L1 on by a slow clock.
+            slower = self._slow_clock if level.number > 1 else 1
+            level.stages[level.at] = round(data["seconds"] * slower, 2)
         self._say(f"{level.name} {level.at}")
 
     def _on_console(self, data: Event) -> None:
@@ -108,6 +114,12 @@ class Tower:
     def _on_moved(self, data: Event) -> None:
         self.moves.append(data)
         self._say(f"L1 moved, {data['downtime_s'] * 1e3:.0f} ms")
+
+    def _on_smi(self, data: Event) -> None:
+        self.smis.append(data)
+        if data["number"] == data["of"]:
+            hit = sum(smi["left_guest"] for smi in self.smis)
+            self._say(f"L1 took {data['of']} SMIs, {hit} of them while a guest of its ran")
 
     def _on_lost(self, data: Event) -> None:
         # The innermost tells first; that the outer ones lose it too is no news.
@@ -141,10 +153,12 @@ def nest(
 
     Raises HostError: there is no such host, or none of its kernels can be had.
     """
-    tower = Tower(tell, consoles)
+    tower = Tower(tell, consoles, plan.slow_clock)
     started = time.monotonic()
     with _host(choice, plan, guest_kernel, tell) as host:
         session = host.start()
+        # It is busy with all the levels, and says so last of all.
+        session.silence_s = max(session.silence_s, _SILENCE_S * plan.patience)
         tell(f"host up after {time.monotonic() - started:.1f} s")
         try:
             built = _build(session, plan, tower)
@@ -167,6 +181,7 @@ def nest(
         "levels": [vars(tower.levels[number]) for number in sorted(tower.levels)],
         "lost": tower.lost,
         "moves": tower.moves,
+        "smis": tower.smis,
         "memory": tower.memory,
     }
 
@@ -183,7 +198,8 @@ def judge(
     if tower.lost:
         # Whether a level hangs or is only slow cannot be told from outside.
         hung = "no sign of life" in tower.lost["why"] or " within " in tower.lost["why"]
-        return Verdict.ERROR if hung else Verdict.FAIL, str(tower.lost["why"])
+        not_its_own = hung or tower.lost.get("vmm", False)
+        return Verdict.ERROR if not_its_own else Verdict.FAIL, str(tower.lost["why"])
     if taints := new_taints(*result.tainted):
         return Verdict.FAIL, f"L0: the kernel is tainted: {', '.join(taints)}"
     if not _returned(result):
@@ -196,8 +212,9 @@ def judge(
         for kind, entries in wanted.items():
             if (difference := _difference(name, kind, report.get(kind), entries)) is not None:
                 return Verdict.FAIL, difference
-    if len(tower.moves) < plan.fewest_moves:
-        return Verdict.ERROR, f"L1 was moved {len(tower.moves)} times, not {plan.moves}"
+    for what, seen, asked in (("move", tower.moves, plan.moves), ("SMI", tower.smis, plan.smis)):
+        if len(seen) < plan.fewest(asked):
+            return Verdict.ERROR, f"L1: {what}: {len(seen)} times, not {asked}"
     if sorted(result.value) != [f"L{n}" for n in range(1, plan.linux_levels + 1)]:
         return Verdict.ERROR, f"only {', '.join(sorted(result.value))} reported"
     return Verdict.PASS, f"{plan.linux_levels} levels of Linux worked, all transcripts agree"
@@ -249,6 +266,7 @@ def _host(choice: HostChoice, plan: Plan, guest_kernel: str | None, tell: Tell) 
     kernel = resolve(choice.kernel or DEFAULT_KERNEL, choice.modules)
     payload = build_payload(resolve(guest_kernel) if guest_kernel else kernel)
     if local:
-        return LocalHost(dict(choice.params), payload)
-    hardware = Hardware(memory_mib=plan.host_mib, disk=payload)
+        return LocalHost(dict(choice.params), payload, tell)
+    qemu = build_qemu_payload() if plan.vmm is Vmm.QEMU else None
+    hardware = Hardware(memory_mib=plan.host_mib, disk=payload, qemu_disk=qemu)
     return EmulatedHost(kernel, dict(choice.params), hardware, log=tell)

@@ -27,6 +27,9 @@ LIFECYCLES = (FRESH, RESTORED)
 GUEST_LINUX = "guest-linux"
 """What a host is asked for beside kvm_amd's parameters: Linux for guests of its own."""
 
+GUEST_QEMU = "guest-qemu"
+"""And QEMU to run it."""
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -48,11 +51,14 @@ class Scenario:
     benign: tuple[str, ...] = ()
     #: The host must have an image of Linux to boot as a guest (`harness.nest.payload`).
     guest_linux: bool = False
+    #: The host must have QEMU for it (`harness.qemu_vmm`).
+    guest_qemu: bool = False
 
     @property
     def host_params(self) -> dict[str, str]:
-        """What the host must be like: kvm_amd's parameters, and GUEST_LINUX if it is needed."""
-        return {**self.params, **({GUEST_LINUX: "1"} if self.guest_linux else {})}
+        """What the host must be like: kvm_amd's parameters, GUEST_LINUX, GUEST_QEMU if needed."""
+        wanted = {GUEST_LINUX: self.guest_linux, GUEST_QEMU: self.guest_qemu}
+        return {**self.params, **{name: "1" for name, is_needed in wanted.items() if is_needed}}
 
     @property
     def name(self) -> str:
@@ -95,6 +101,7 @@ def scenario(
     unsafe: bool = False,
     benign: Sequence[str] = (),
     guest_linux: bool = False,
+    guest_qemu: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Declare the decorated function as a scenario; its docstring's first line is the claim."""
 
@@ -110,7 +117,8 @@ def scenario(
             quick,
             unsafe,
             tuple(benign),
-            guest_linux,
+            guest_linux or guest_qemu,
+            guest_qemu,
         )
         if not declared.claim:
             raise TypeError(f"scenario {declared.name} has no docstring to claim anything")

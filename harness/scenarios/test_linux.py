@@ -9,16 +9,21 @@ from __future__ import annotations
 from typing import Any
 
 from harness.errors import HostLost, ScenarioFailure
-from harness.facts import nested_svm
+from harness.facts import nested_svm, smm
 from harness.nest.levels import descend
-from harness.nest.plan import Inner, Plan
+from harness.nest.plan import Inner, Plan, Vmm
 from harness.nest.work import expected
 from harness.nest.workloads import entry_sums
+from harness.qemu_vmm.errors import VmmLost
+from harness.qemu_vmm.over import Over
 from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
 
 TIMEOUT_S = 180.0
 MOVES = 2
+QEMU_MOVES_S = 300.0
+"""QEMU takes about twice as long as the harness's own engine."""
+SMIS = 40
 
 
 @scenario(needs=[nested_svm], guest_linux=True, axes={"vcpus": (1, 2)}, timeout_s=TIMEOUT_S)
@@ -36,21 +41,46 @@ def test_kvm_in_linux_as_l1_runs_l2_and_l3(context: Context) -> None:
 
 @scenario(needs=[nested_svm], guest_linux=True, timeout_s=TIMEOUT_S)
 def test_linux_goes_on_where_it_was_migrated(context: Context) -> None:
-    """A Linux that moves to other VMs while its KVM runs L2 and L3 notices nothing."""
+    """A Linux that moves between two processes while its KVM runs L2 and L3 notices nothing."""
     _run(context, Plan(rounds=2, steps=12, moves=MOVES))
+
+
+@scenario(needs=[nested_svm, smm], guest_linux=True, timeout_s=TIMEOUT_S)
+def test_smis_leave_linux_and_its_guests_alone(context: Context) -> None:
+    """A storm of SMIs from outside changes nothing in Linux as L1, nor in the L2 and L3 it runs."""
+    _run(context, Plan(rounds=2, steps=12, smis=SMIS))
+
+
+@scenario(needs=[nested_svm], guest_qemu=True, timeout_s=TIMEOUT_S)
+def test_kvm_in_linux_under_qemu_runs_l2_and_l3(context: Context) -> None:
+    """A Linux that QEMU runs as L1 runs L2 and L3, which do what they do elsewhere."""
+    _run(context, Plan(rounds=1, steps=18, vmm=Vmm.QEMU))
+
+
+@scenario(
+    needs=[nested_svm],
+    guest_qemu=True,
+    axes={"over": [over.value for over in Over]},
+    timeout_s=QEMU_MOVES_S,
+)
+def test_linux_goes_on_in_the_qemu_that_it_was_migrated_to(context: Context, over: str) -> None:
+    """A Linux that goes from QEMU to QEMU and on while its KVM runs L2 and L3 notices nothing."""
+    plan = Plan(rounds=1, steps=12, moves=MOVES, vmm=Vmm.QEMU, move_over=Over(over))
+    _run(context, plan)
 
 
 def _run(context: Context, plan: Plan) -> dict[str, Any]:
     """Build the tower; compare what its levels say with what they must say."""
-    moves = 0
+    seen: dict[str, list[dict[str, Any]]] = {"moved": [], "smi": []}
 
     def note(kind: str, **data: Any) -> None:
-        nonlocal moves
-        moves += kind == "moved"
+        seen.get(kind, []).append(data)
         context.note(kind, **{"stage" if name == "what" else name: v for name, v in data.items()})
 
     try:
         reports = descend(note, level=0, plan=plan.to_json())
+    except VmmLost:
+        raise
     except HostLost as e:
         raise ScenarioFailure(f"{e}\n{e.console}") from e
     wanted = expected(note, plan=plan.to_json(), reports=reports)
@@ -58,5 +88,8 @@ def _run(context: Context, plan: Plan) -> dict[str, Any]:
         for kind, entries in wanted.items():
             if kind in report:
                 context.expect(f"{name}'s {kind}", report[kind], entry_sums(entries))
-    context.expect("moves", moves, plan.moves)
+    context.expect("moves", len(seen["moved"]), plan.moves)
+    context.expect("SMIs", len(seen["smi"]), plan.smis)
+    if plan.smis and not any(smi["left_guest"] for smi in seen["smi"]):
+        raise ScenarioFailure(f"none of {plan.smis} SMIs came while L1 ran a guest")
     return reports

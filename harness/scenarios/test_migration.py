@@ -217,7 +217,7 @@ def _faults(machine: ProxyMachine, log: Log) -> Trip:
 
 
 def _nested_page_faults(machine: ProxyMachine, log: Log) -> Trip:
-    l2 = machine.l1.launch()
+    l2 = machine.l1.launch(npt=True)
     page = l2.scratch + PAGE
     log("before", l2.run(store(page, 5)))
     machine.l1.ping()

@@ -257,7 +257,7 @@ def test_io_permission_map_decides(context: Context) -> None:
 def test_unmapped_nested_page_faults_to_l1(context: Context) -> None:
     """A page that L1's nested tables do not map is SVM_EXIT_NPF with its address, until mapped."""
     machine = _machine(context)
-    l2 = machine.l1.launch()
+    l2 = machine.l1.launch(npt=True)
     page = machine.pages.take()
     l2.nested_tables.unmap(page)
     exit_ = l2.run_to_exit(store(page + 8, 5))
@@ -274,7 +274,7 @@ def test_unmapped_nested_page_faults_to_l1(context: Context) -> None:
 def test_read_only_nested_page(context: Context) -> None:
     """A page that L1's nested tables make read-only can be read, and a write is SVM_EXIT_NPF."""
     machine = _machine(context)
-    l2 = machine.l1.launch()
+    l2 = machine.l1.launch(npt=True)
     page = machine.pages.take()
     l2.nested_tables.protect(page, clear=Pte.W)
     context.expect("a load", l2.read(page), 0)
@@ -355,7 +355,7 @@ def test_l3_nested_page_fault_goes_to_the_tables_owner(context: Context, npt2: b
     """A page missing from L2's nested tables faults to L2, one missing from L1's to L1."""
     machine = _machine(context)
     l2 = machine.l1.launch(npt=npt2)
-    l3 = l2.launch()
+    l3 = l2.launch(npt=True)
     l3.ping()
     ours, theirs = machine.pages.take(), machine.pages.take()
     l2.make_current()

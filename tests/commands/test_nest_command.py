@@ -24,11 +24,33 @@ def test_linux_works_at_every_level_and_leaves_its_consoles(tmp_path):
     before, *_, after = report["memory"]
     assert before["what"] == "entered"
     assert after["sec_pagetables"] > before["sec_pagetables"]
+    # Both of L1's vCPUs have EFER.SVME set, once its kvm_amd has a VM.
+    assert (before["nested_bytes"], after["nested_bytes"]) == (0, 2 * 12288)
     assert "L1 ready" in done.stderr
     assert "PASS: 1 levels of Linux worked" in done.stdout
     names = {path.name for path in consoles.iterdir()}
     assert {"L0-console.log", "L1-console.log"} <= names
     assert "PCI: Fatal" in (consoles / "L1-console.log").read_text()
+
+
+@pytest.mark.nightly
+@pytest.mark.emulated
+def test_linux_in_linux_stands_moves_and_smis(tmp_path):
+    file = tmp_path / "nest.json"
+    done = nsvm(
+        *("nest", "--inner", "linux", "--slow-clock", 10, "--kernel", "6.1", "--patience", 3),
+        *("--rounds", 1, "--moves", 1, "--smis", 20, "--json", file),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = load_json(file)
+    assert report["verdict"] == "PASS"
+    assert [move["number"] for move in report["moves"]] == [1]
+    assert any(smi["left_guest"] for smi in report["smis"])
+    # Each VM is in the books of the kernel that runs it, and is mapped by huge pages.
+    last = {row["vm"]: row for row in report["memory"]}
+    assert set(last) == {1, 2}
+    assert last[2]["pages_2m"] > 20
+    assert last[2]["nested_bytes"] == 12288
 
 
 @pytest.mark.nightly

@@ -9,6 +9,7 @@ from harness.errors import HostError
 from harness.host import guest_payload
 from harness.host.bundle import Bundle
 from harness.host.kernels import Kernel, KernelError
+from harness.machine.linux_pc import SHARED_GPA
 from harness.nest.payload import Source, find_source, members
 
 KERNEL = Kernel("6.1.0", "#1", "forged", "key", None, None, None)
@@ -35,6 +36,13 @@ def test_what_is_packed_is_found(kernel, monkeypatch):
     with source.map() as image:
         found = {name: bytes(data) for name, data in members(memoryview(bytes(image))).items()}
     assert found == {"kernel": b"kernel" * 1000, "initrd": b"initrd" * 1000}
+
+
+def test_a_copy_to_be_shown_is_the_same(tmp_path):
+    data = bytes(range(256)) * (3 << 12)
+    (tmp_path / "image").write_bytes(data)
+    with Source(tmp_path / "image", 0, len(data)).copy(SHARED_GPA) as copy:
+        assert copy[:] == data
 
 
 def test_it_is_built_once(kernel):

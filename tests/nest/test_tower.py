@@ -94,6 +94,13 @@ def test_a_level_that_the_host_cannot_run_on_fails(tower):
     assert judge(result, tower, PLAN, {}) == (Verdict.FAIL, why)
 
 
+def test_a_level_whose_vmm_was_killed_is_an_error(tower):
+    why = "L1 is lost: QEMU was ended by SIGKILL"
+    tower.take(emitted("lost", level=1, why=why, console="", vmm=True))
+    result = CallResult("raise", error={"type": "VmmLost", "message": why})
+    assert judge(result, tower, PLAN, {}) == (Verdict.ERROR, why)
+
+
 @pytest.mark.parametrize(
     ("kind", "verdict"), [("ScenarioFailure", Verdict.FAIL), ("HostError", Verdict.ERROR)]
 )
@@ -128,3 +135,25 @@ def test_progress_is_told_by_level():
     tower.take(emitted("stage", level=1, what="ready", seconds=4.2))
     assert said[0].endswith(" s  L1 ready")
     assert tower.levels[1].stages == {"ready": 4.2}
+
+
+def test_too_few_moves_or_smis_are_an_error(tower):
+    for plan, what in ((Plan(moves=2), "move"), (Plan(smis=2), "SMI")):
+        verdict, why = judge(returned(L1=good()), tower, plan, ENTRIES)
+        assert (verdict, why) == (Verdict.ERROR, f"L1: {what}: 0 times, not 2")
+
+
+def test_smis_are_told_once_all_were_taken():
+    said = []
+    tower = Tower(said.append)
+    for number, hit in ((1, False), (2, True)):
+        tower.take(emitted("smi", number=number, of=2, left_guest=hit, seconds=0.1, way="KVM_SMI"))
+    assert len(said) == 1
+    assert said[0].endswith("L1 took 2 SMIs, 1 of them while a guest of its ran")
+
+
+def test_seconds_of_a_slow_clock_are_made_ours():
+    tower = Tower(lambda text: None, slow_clock=10)
+    for number in (1, 2):
+        tower.take(emitted("stage", level=number, what="ready", seconds=4.2))
+    assert [tower.levels[number].stages["ready"] for number in (1, 2)] == [4.2, 42.0]

@@ -7,7 +7,7 @@ import records
 from test_page_alloc import FakeTrace
 
 from harness.errors import HarnessError, HostError
-from harness.probe import functions
+from harness.probe import kprobes
 from harness.probe.functions import FunctionProbe
 from harness.probe.tracefs import TraceEvent, parse
 
@@ -94,8 +94,8 @@ def control(tmp_path, monkeypatch):
             raise HostError(f"{path}: writing {text.strip()!r}: No such file or directory")
         taken.append(text.strip())
 
-    monkeypatch.setattr(functions, "TRACEFS", tmp_path)
-    monkeypatch.setattr(functions, "write", write)
+    monkeypatch.setattr(kprobes, "TRACEFS", tmp_path)
+    monkeypatch.setattr(kprobes, "write", write)
     return known, taken
 
 
@@ -158,7 +158,7 @@ def test_a_kernel_without_one_of_them_is_named_and_all_is_undone(control, missin
 
 
 def test_a_kernel_without_kprobes_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(functions, "TRACEFS", tmp_path)
+    monkeypatch.setattr(kprobes, "TRACEFS", tmp_path)
     with (
         pytest.raises(HostError, match="no kprobe events"),
         FunctionProbe(_trace=RecordingTrace([])),

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from harness.errors import HostError
-from harness.probe import functions, memcg, tracefs
+from harness.probe import functions, kprobes, memcg, tracefs
 from harness.probe.interruption import uninterrupted
 from harness.probe.memcg import MemcgProbe
 from harness.probe.tracefs import TraceInstance
@@ -98,9 +98,9 @@ def kernel(tmp_path, monkeypatch):
     kernel = Kernel()
     (tmp_path / "instances").mkdir()
     (tmp_path / "kprobe_events").write_text("")
-    for module in (tracefs, functions, memcg):
+    for module in (tracefs, kprobes, memcg):
         monkeypatch.setattr(module, "write", kernel.write)
-    for module in (tracefs, functions):
+    for module in (tracefs, kprobes):
         monkeypatch.setattr(module, "TRACEFS", tmp_path)
     monkeypatch.setattr(tracefs.os, "open", lambda path, flags: os.dup(0))
     return kernel

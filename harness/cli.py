@@ -24,6 +24,7 @@ _COMMANDS = {
     "doctor": "what this machine can do, with evidence and how to mend a no",
     "identify": "which known behaviours of nested SVM the running kernel has",
     "fields": "every field of vmcb12: what VMRUN and KVM_SET_NESTED_STATE take of it",
+    "fleet": "run scenarios on many lab machines at once, over Ansible",
     "bisect": "which kernel of the archive made a scenario fail, or mended it",
     "inspect": "what is in the stream of a saved machine",
     "kernel": "kernels for the emulated host",

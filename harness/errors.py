@@ -14,6 +14,13 @@ class HostError(NsvmError):
     """The host or its set-up is at fault; this is not a verdict on KVM."""
 
 
+class HostUnavailable(HostError):
+    """The host cannot be had now, and asking again would end the same.
+
+    There is no way to it, it lets nobody in, or another run has it.
+    """
+
+
 class HostLost(HostError):
     """The host died or stopped answering. `console` holds its last words.
 

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from harness.errors import NsvmError
+from harness.host import machine_lock
 from harness.host.bundle import build_images
 from harness.host.cache import cache_dir
 from harness.host.kernels import resolve
@@ -19,6 +20,14 @@ KERNELS = os.environ.get("NSVM_TEST_KERNELS", "5.10,7.3").split(",")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background jobs ignore it, and so would all that is started here to be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_lock(tmp_path_factory):
+    """Tests on this machine's own /dev/kvm keep nobody's runs out, nor the other way round."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(machine_lock.VARIABLE, str(tmp_path_factory.mktemp("lock") / "nsvm"))
+        yield
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.console import Console
@@ -18,7 +18,7 @@ from harness.network.shape import LinkShape
 from harness.network.wire import best_shaper
 from harness.report.verdict import Verdict, exit_status
 from harness.runner import matrix as kernels_matrix
-from harness.runner.hosts import make_host
+from harness.runner.hosts import HostChoice, make_host
 from harness.storm.places import PLACES
 
 _TARGET = "harness.storm.calls:storm"
@@ -28,7 +28,9 @@ _MARKS = {"works": "works", "refused": "refused", "differs": "DIFFERS", "no twin
 
 @click.command("migrate")
 @click.option("--storm", "moves", type=click.IntRange(1), metavar="N", help="Move N times.")
-@click.option("--matrix", "specs", metavar="KERNELS", help="As 5.10,6.1,7.3: each to each.")
+@click.option("--matrix", "specs", metavar="HOSTS", help="As 5.10,6.1,ssh:NAME: each to each.")
+@click.option("--from", "source", metavar="HOST", help="One way, live: as 6.1, local or ssh:NAME.")
+@click.option("--to", "target", metavar="HOST", help="With --from.")
 @click.option("--levels", type=click.IntRange(1, 5), default=2, show_default=True)
 @click.option("--shadow", is_flag=True, help="Shadow paging for L2 and L3; else nested paging.")
 @click.option("--tracking", type=click.Choice(["log", "ring"]), default="log", show_default=True)
@@ -41,6 +43,8 @@ _MARKS = {"works": "works", "refused": "refused", "differs": "DIFFERS", "no twin
 def command(
     moves: int | None,
     specs: str | None,
+    source: str | None,
+    target: str | None,
     levels: int,
     shadow: bool,
     tracking: str,
@@ -56,30 +60,39 @@ def command(
     """Migrate machines while their nested guests are at work.
 
     --storm hands one machine to and fro between two processes of a host, beside a twin that stays.
-    --matrix saves machines on each kernel and loads them on each, in emulated hosts.
+    --matrix saves machines on each host and loads them on each. --from and --to send them live from
+    one host to another one. A HOST is a kernel for an emulated one, this machine (local), or
+    ssh:NAME, a machine of the lab.
 
     Exit status: 0 nothing diverged, 1 something did (in the table: a machine differs afterwards; a
     refusal is an answer), 2 a host broke.
     """
     require_writable(json_file)
-    if moves is not None and specs is not None:
-        raise click.UsageError("one of --storm and --matrix, please")
-    if link is not None and (specs is None or not live):
-        raise click.UsageError("--link goes with --matrix and --live")
+    if [moves, specs, source].count(None) != 2:
+        raise click.UsageError("one of --storm, --matrix and --from, please")
+    if (source is None) != (target is None):
+        raise click.UsageError("--from and --to go together")
+    if link is not None and source is None and (specs is None or not live):
+        raise click.UsageError("--link goes with --from, or with --matrix and --live")
     shape = None if link is None else LinkShape.parse(link)
-    if specs is not None:
-        report = _matrix(specs, places, live, shape)
+    choice = host_choice(host, kernel, modules)
+    if source is not None and target is not None:
+        report = _matrix(
+            [source, target], places, shape, choice, files=False, live=(source, target)
+        )
+        verdict = _matrix_verdict(report["rows"])
+        show = _print_matrix
+    elif specs is not None:
+        hosts = [spec.strip() for spec in specs.split(",")]
+        report = _matrix(hosts, places, shape, choice, live="all" if live else None)
         verdict = _matrix_verdict(report["rows"])
         show = _print_matrix
     elif moves is not None:
-        choice = host_choice(host, kernel, modules)
         options = {"levels": levels, "npt": not shadow, "tracking": tracking, "seed": seed}
         with make_host(choice, log=log) as where:
             report = storm(where, _TARGET, moves, "moves", "moved", _PER_MOVE_S, **options)
         verdict = Verdict(report["verdict"])
         show = _print_storm
-    else:
-        raise click.UsageError("one of --storm and --matrix, please")
     if json_file is not None:
         write_json(json_file, report)
     if json_file is None or str(json_file) != "-":
@@ -122,14 +135,26 @@ def _print_storm(report: dict[str, Any]) -> None:
 # The table
 
 
-def _matrix(specs: str, places: str | None, live: bool, link: LinkShape | None) -> dict[str, Any]:
+def _matrix(
+    specs: Sequence[str],
+    places: str | None,
+    link: LinkShape | None,
+    choice: HostChoice,
+    *,
+    files: bool = True,
+    live: tuple[str, str] | Literal["all"] | None = None,
+) -> dict[str, Any]:
+    """Return the table of all hosts; `live` is the one way that is taken live, or all."""
+    if len(set(specs)) < len(specs):
+        raise click.UsageError(f"{', '.join(specs)}: each host once, please")
     wanted = _chosen(places)
     how = None if link is None else {"shape": str(link), "shaper": best_shaper().value}
     started = time.monotonic()
-    with kernels_matrix.Kernels([spec.strip() for spec in specs.split(",")], log) as kernels:
-        rows = kernels_matrix.by_file(kernels, wanted, _tell)
-        if live:
-            rows += kernels_matrix.live(kernels, wanted, _tell, link)
+    with kernels_matrix.Kernels(specs, log, choice) as kernels:
+        rows = kernels_matrix.by_file(kernels, wanted, _tell) if files else []
+        if live is not None:
+            ways = None if live == "all" else [live]
+            rows += kernels_matrix.live(kernels, wanted, _tell, link, ways)
         return {
             "kernels": {spec: kernels.release(spec) for spec in kernels.specs},
             "hosts": kernels.describe(),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -18,7 +19,7 @@ from harness.errors import NsvmError
 from harness.report.verdict import BISECT_ABORT, BISECT_SKIP, bisect_status
 from harness.runner.ktap_plugin import KtapPlugin
 from harness.runner.plugin import Plugin
-from harness.runner.run import STORE_VARIABLE, Run, RunOptions
+from harness.runner.run import STORE_VARIABLE, Part, Run, RunOptions
 from harness.runner.selection import Choice, Selection
 from harness.scenarios.case import LIFECYCLES
 
@@ -49,6 +50,19 @@ class _RunCommand(click.Command):
             sys.exit(BISECT_ABORT)
 
 
+class _PartType(click.ParamType[Part]):
+    """``I/N``."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
+        """Return the part, if there is such a one."""
+        number, _, count = str(value).partition("/")
+        if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            self.fail(f"{value!r} is not I/N with I from 1 to N", param, ctx)
+        return Part(int(number), int(count))
+
+
 @click.command("run", cls=_RunCommand)
 @click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option("-k", "expression", default="", metavar="EXPR", help="Only cases that match.")
@@ -60,6 +74,7 @@ class _RunCommand(click.Command):
     help="Hosts at work at the same time. Default: 1 on a local host, else what fits.",
 )
 @click.option("--case", "cases", multiple=True, metavar="ID", help="Only this case. Repeatable.")
+@click.option("--part", type=_PartType(), help="Only the Ith of N parts, dealt out like cards.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, metavar="N",
               help="All cases N times, round after round.")  # fmt: skip
 @click.option("--until-fail", is_flag=True, help="With --repeat: end with the first failure.")
@@ -97,6 +112,7 @@ def command(
     expression: str,
     jobs: int | None,
     cases: tuple[str, ...],
+    part: Part | None,
     repeat: int,
     until_fail: bool,
     quick: bool,
@@ -131,7 +147,7 @@ def command(
         jobs=jobs, require=require, lifecycle=lifecycle, store=store,
     )  # fmt: skip
     marks = "quick" if quick else ""
-    selection = Choice(cases, repeat, until_fail)
+    selection = Choice(cases, repeat, until_fail, part)
     try:
         run, status = _run(options, selection, files, expression, marks, ktap=ktap)
     except NsvmError as e:

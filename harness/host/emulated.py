@@ -55,6 +55,13 @@ class Hardware:
     memory_mib: int = 768
     disk: Path | None = None
     """A read-only image that the host has as its virtio disk."""
+    qemu_disk: Path | None = None
+    """One more: QEMU, for the host to run (`qemu_payload`)."""
+
+    @property
+    def disks(self) -> tuple[Path, ...]:
+        """The images, in the order in which the host has them as /dev/vda and so on."""
+        return tuple(disk for disk in (self.disk, self.qemu_disk) if disk)
 
 
 class EmulatedHost:
@@ -262,30 +269,32 @@ class EmulatedHost:
             "-global", "migration.store-global-state=off",
             "-device", "virtio-serial-pci",
             "-device", "virtserialport,chardev=channel,name=nsvm",
-            *self._disk(),
+            *self._disks(),
             "-serial", "chardev:console",
             "-mon", "chardev=monitor,mode=control",
         ]  # fmt: skip
 
     def _initrd(self) -> Path:
-        extra = ("virtio_blk",) if self.hardware.disk else ()
+        extra = ("virtio_blk",) if self.hardware.disks else ()
         return build_initrd(self.kernel, (*WANTED_MODULES, *extra), self.params)
 
-    def _disk(self) -> list[str]:
-        if self.hardware.disk is None:
-            return []
-        path = str(self.hardware.disk).replace(",", ",,")
-        return [
-            "-drive", f"if=none,id=disk,format=raw,readonly=on,file={path}",
-            "-device", "virtio-blk-pci,drive=disk",
-        ]  # fmt: skip
+    def _disks(self) -> list[str]:
+        found = []
+        for number, image in enumerate(self.hardware.disks):
+            # The first one's name is part of what older warm states were saved with.
+            name = f"disk{number or ''}"
+            path = str(image).replace(",", ",,")
+            found += [
+                "-drive", f"if=none,id={name},format=raw,readonly=on,file={path}",
+                "-device", f"virtio-blk-pci,drive={name}",
+            ]  # fmt: skip
+        return found
 
     def _state_path(self, code: str) -> Path:
         key = hashlib.sha256(repr((self._command(), self.version, self.kernel.key)).encode())
         params = "-".join(f"{name}{value}" for name, value in sorted(self.params.items()))
         size = f"{self.hardware.cpus}c{self.hardware.memory_mib}m"
-        if self.hardware.disk:
-            size += "-disk"
+        size += "-disk" * len(self.hardware.disks)
         kind = "base" if code == "base" else "ready"
         directory = cache_dir() / "warm"
         directory.mkdir(exist_ok=True)

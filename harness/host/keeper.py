@@ -29,7 +29,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from harness.errors import HostError
+from harness.errors import HostError, HostUnavailable
 from harness.host import kvm_parameters
 from harness.host.machine_lock import machine_lock
 
@@ -338,7 +338,7 @@ def _detach(directory: Path, options: dict[str, Any], ready: int) -> NoReturn:
             _keep(directory, options, ready)
             status = 0
         except (HostError, SystemExit) as e:
-            _refuse(ready, str(e))
+            _refuse(ready, str(e), unavailable=isinstance(e, HostUnavailable))
         except BaseException as e:
             _refuse(ready, f"{type(e).__name__}: {e}")
             with contextlib.suppress(OSError):
@@ -347,10 +347,10 @@ def _detach(directory: Path, options: dict[str, Any], ready: int) -> NoReturn:
         os._exit(status)
 
 
-def _refuse(ready: int, words: str) -> None:
+def _refuse(ready: int, words: str, *, unavailable: bool = False) -> None:
     """Say why a run does not begin; nobody listens any more once it has."""
     with contextlib.suppress(OSError):
-        os.write(ready, json.dumps({"error": words}).encode())
+        os.write(ready, json.dumps({"error": words, "unavailable": unavailable}).encode())
 
 
 def attach(directory: Path, run: str, offset: int) -> None:

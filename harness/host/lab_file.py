@@ -170,6 +170,11 @@ _KEYS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def is_name(text: str) -> bool:
+    """Say whether a machine can be called so."""
+    return bool(_NAME.fullmatch(text))
+
+
 def lab_path(given: Path | None = None) -> Path:
     """Return the file to read: `given`, else $NSVM_LAB, else ./lab.toml."""
     return given or Path(os.environ.get(VARIABLE) or FILE_NAME)
@@ -228,7 +233,7 @@ class _Reader:
 
     def _host(self, name: str, value: Any, defaults: Mapping[str, Any]) -> LabHost:
         where = ("hosts", name)
-        if not _NAME.fullmatch(name):
+        if not is_name(name):
             raise self._error(where, "a host's name has letters, digits, '.', '_' and '-'")
         own = self._values(where, {"address": value} if isinstance(value, str) else value)
         if "address" not in own:

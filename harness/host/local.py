@@ -1,4 +1,8 @@
-"""The machine itself as a host: the agent runs as a child process, on the machine's own kernel."""
+"""The machine itself as a host: the agent runs as a child process, on the machine's own kernel.
+
+A started host has the machine's lock (`machine_lock.py`): two runs would disturb each other's
+figures, and find each other's lines in the kernel log.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,12 +55,16 @@ class LocalHost:
     kind = "local"
 
     def __init__(
-        self, params: Mapping[str, str] | None = None, payload: Path | None = None
+        self,
+        params: Mapping[str, str] | None = None,
+        payload: Path | None = None,
+        log: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Prepare it; `payload` is an image of Linux for guests (`guest_payload`)."""
         self._payload = payload
+        self._log = log
         self._process: subprocess.Popen[bytes] | None = None
-        self._borrowed = contextlib.ExitStack()
+        self._taken = contextlib.ExitStack()
         self._params = dict(params or {})
         self._hello: Event = {}
 
@@ -94,14 +102,14 @@ class LocalHost:
         return payload_release(self._payload)
 
     def start(self) -> Session:
-        """Start the agent.
+        """Take the machine, and start the agent.
 
         Raises:
-            HostError: /dev/kvm is there and may not be used, the agent does not come up, or
-                kvm_amd cannot be had with `params`.
+            HostError: another run has the machine, /dev/kvm is there and may not be used, the agent
+                does not come up, or kvm_amd cannot be had with `params`.
         """
         self.close()
-        self._borrow()
+        self._take()
         kvm_device(HostView())
         agent = Path(__file__).with_name("agent.py")
         environment = {
@@ -129,29 +137,28 @@ class LocalHost:
             raise HostError(f"the local agent did not come up: {e}") from e
         return session
 
-    def _borrow(self) -> None:
-        """Have kvm_amd with the parameters that were asked for, until `close`."""
-        if not kvm_parameters.differing(self._params, kvm_parameters.current()):
-            return
+    def _take(self) -> None:
+        """Have the machine, and kvm_amd with the parameters that were asked for, until `close`."""
         with contextlib.ExitStack() as stack:
-            # Who changes what all runs share has the machine for itself.
-            stack.enter_context(
-                machine_lock.machine_lock(machine_lock.PATH, machine_lock.ourselves())
-            )
+            path, ourselves = machine_lock.local_path(), machine_lock.ourselves()
+            # Nobody knows how long the other run takes: it is for the user to wait.
+            stale = stack.enter_context(machine_lock.machine_lock(path, ourselves, patience_s=0))
+            if stale:
+                self._log(f"{machine_lock.whose(stale)} had this machine, and never gave it back")
             record = cache_dir() / "parameters.json"
             kvm_parameters.give_back(record)
             stack.enter_context(kvm_parameters.borrowed(self._params, record))
-            self._borrowed = stack.pop_all()
+            self._taken = stack.pop_all()
 
     def _why_dead(self, reason: str) -> HostLost:
         status = self._process.poll() if self._process else None
         return HostLost(reason if status is None else f"the agent ended with status {status}")
 
     def close(self) -> None:
-        """End the agent; a running call is told to clean up first. Give parameters back."""
-        with self._borrowed:
+        """End the agent; a running call is told to clean up first. Give the machine back."""
+        with self._taken:
             self._end_agent()
-        self._borrowed = contextlib.ExitStack()
+        self._taken = contextlib.ExitStack()
 
     def _end_agent(self) -> None:
         if self._process is None:

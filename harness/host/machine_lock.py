@@ -21,11 +21,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from harness.errors import HostError
+from harness.errors import HostError, HostUnavailable
 from harness.host import kvm_parameters
 
 #: One for the whole machine, whoever runs the harness on it.
 PATH = Path("/run/lock/nsvm")
+
+#: Environment variable: another lock of this machine, where PATH is not ours to write.
+VARIABLE = "NSVM_LOCK"
 
 #: For a run that is just ending to give the lock back.
 _LOCK_S = 3.0
@@ -34,11 +37,16 @@ _REPLACE_S = 40.0
 _held: set[Path] = set()
 
 
-class Busy(HostError):
+class Busy(HostUnavailable):
     """Somebody else has the lock; the message has what they wrote into it."""
 
     def __init__(self, path: Path, owner: Mapping[str, Any]) -> None:
         super().__init__(f"in use by {whose(owner)}; lock {path}")
+
+
+def local_path() -> Path:
+    """Return the lock of runs on this machine: $NSVM_LOCK, else PATH."""
+    return Path(os.environ.get(VARIABLE) or PATH)
 
 
 def _open_lock(path: Path) -> IO[str]:
@@ -68,12 +76,13 @@ def _owner(lock: IO[str]) -> dict[str, Any]:
 
 @contextmanager
 def machine_lock(
-    path: Path, owner: Mapping[str, Any], replaces: str = ""
+    path: Path, owner: Mapping[str, Any], replaces: str = "", *, patience_s: float = _LOCK_S
 ) -> Iterator[dict[str, Any]]:
     """Hold the machine's lock; give what a former holder left in it, who died with it.
 
     Within one process it may be taken again and again: the inner ones are part of the outer one.
-    `replaces` is a run of the same client: it is told to end first.
+    `replaces` is a run of the same client: it is told to end first. Another run is waited for, for
+    `patience_s` seconds.
 
     Raises:
         Busy: another run holds it.
@@ -87,7 +96,7 @@ def machine_lock(
     except OSError as e:
         raise HostError(f"lock {path}: {e.strerror}") from e
     with lock:
-        _acquire(path, lock, replaces)
+        _acquire(path, lock, replaces, patience_s)
         stale = _owner(lock)
         _write(lock, {**owner, "pid": os.getpid(), "boot_id": kvm_parameters.boot_id()})
         _held.add(path)
@@ -98,8 +107,8 @@ def machine_lock(
             _write(lock, None)
 
 
-def _acquire(path: Path, lock: IO[str], replaces: str) -> None:
-    deadline = time.monotonic() + _LOCK_S
+def _acquire(path: Path, lock: IO[str], replaces: str, patience_s: float) -> None:
+    deadline = time.monotonic() + patience_s
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +119,7 @@ def _acquire(path: Path, lock: IO[str], replaces: str) -> None:
             with contextlib.suppress(ProcessLookupError, KeyError):
                 os.kill(owner["pid"], signal.SIGTERM)
             deadline, replaces = time.monotonic() + _REPLACE_S, ""
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             raise Busy(path, owner)
         time.sleep(0.1)
 

@@ -17,6 +17,9 @@ Event = dict[str, Any]
 #: An agent says something every second; on a busy emulated host, sometimes later.
 SILENCE_S = 20.0
 
+#: For all of the tree's code: a second on silicon, a minute on an emulated host beside others.
+_PRELOAD_S = 180.0
+
 #: How long a cancelled session may take to notice.
 _LOOK_S = 0.2
 
@@ -69,7 +72,8 @@ class Session:
         self, pipe: Pipe, why_dead: Callable[[str], HostLost], silence_s: float = SILENCE_S
     ) -> None:
         self._pipe = pipe
-        self._silence_s = silence_s
+        self.silence_s = silence_s
+        """After so many seconds without a word the host counts as dead."""
         self._why_dead = why_dead
         self._buffer = b""
         self._next_id = 1
@@ -88,7 +92,7 @@ class Session:
             HostLost: the channel ended, or nothing came for `silence_s` seconds.
             Cancelled: `cancel` was called.
         """
-        silence_s = self._silence_s if silence_s is None else silence_s
+        silence_s = self.silence_s if silence_s is None else silence_s
         while True:
             deadline = time.monotonic() + silence_s
             while b"\n" not in self._buffer:
@@ -131,7 +135,7 @@ class Session:
     def preload(self, modules: list[str]) -> None:
         """Have an agent that has the tree's code already import `modules`."""
         self._command({"op": "preload", "modules": modules})
-        self.wait_for("preloaded", 60)
+        self.wait_for("preloaded", _PRELOAD_S)
 
     def send_bundle(self, name: str, data: bytes) -> None:
         """Give the agent the tree's code as an archive."""
@@ -176,7 +180,7 @@ class Session:
         result = CallResult("lost")
         # The agent gives up on a child within timeout_s and a little; a host that then still says
         # nothing but heartbeats has a broken agent.
-        overdue = time.monotonic() + timeout_s + 4 * self._silence_s
+        overdue = time.monotonic() + timeout_s + 4 * self.silence_s
         for event in self.events():
             if event.get("id") == call_id:
                 on_event(event)

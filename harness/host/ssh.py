@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import paramiko
 
-from harness.errors import HostError, HostLost
+from harness.errors import HostError, HostLost, HostUnavailable
 from harness.host import kvm_parameters
 from harness.host.artefact import ATTACHER, RECEIVER, build_artefact
 from harness.host.bundle import PRELOAD, Bundle
@@ -38,6 +38,12 @@ class _KeptSession(Session):
     """A session whose agent's end the keeper tells; a connection's end is none."""
 
     kept: Event | None = None
+
+    def successor(self) -> _KeptSession:
+        """Return one that goes on where this one stands, and that no `cancel` reaches."""
+        made = _KeptSession(self._pipe, self._why_dead, self.silence_s)
+        made._buffer = self._buffer
+        return made
 
     def events(self, silence_s: float | None = None) -> Iterator[Event]:
         """Yield events as they come; see `Session.events`."""
@@ -168,7 +174,8 @@ class SshHost:
         words = (self.lab.python, artefact, "take", self.lab.directory, json.dumps(options))
         answer = json.loads(connection.run(*words, timeout_s=_TAKE_S))
         if "error" in answer:
-            raise HostError(f"{self.lab.name}: {answer['error']}")
+            kind = HostUnavailable if answer.get("unavailable") else HostError
+            raise kind(f"{self.lab.name}: {answer['error']}")
         if answer["stale"]:
             self._log(f"cleaned up after {whose(answer['stale'])}, which never gave it back")
         self._run, self._boot_id = run, answer["boot_id"]
@@ -196,7 +203,8 @@ class SshHost:
             return
         try:
             if not link.reason:
-                self._hand_back(session, link)
+                # Also after a call that was cancelled: the machine would be ours for `linger_s`.
+                self._hand_back(session.successor(), link)
         finally:
             link.close()
 

@@ -16,7 +16,7 @@ from typing import NoReturn, Self
 
 import paramiko
 
-from harness.errors import HostError
+from harness.errors import HostUnavailable
 from harness.host.lab_file import LabHost
 
 #: For one attempt to connect, and for each step of it.
@@ -29,11 +29,11 @@ _PIECE = 1 << 16
 logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 
-class Refused(HostError):
+class Refused(HostUnavailable):
     """Trying again would not help: a host key, a login, or what a command there says."""
 
 
-class Unreachable(HostError):
+class Unreachable(HostUnavailable):
     """No connection: it may be there later."""
 
 
@@ -107,6 +107,8 @@ class Connection:
                 f"{host.name}: the key {host.key} has a passphrase: ssh-add it, or use another"
             ) from e
         except paramiko.AuthenticationException as e:
+            if _was_cut_off(e):
+                raise Unreachable(f"{host.name}: no connection to {host.label}: {e}") from e
             key = f"the key {host.key}" if host.key else "any key of the SSH agent or of ~/.ssh"
             raise Refused(f"{host.name}: {host.label} does not accept {key}") from e
         except (paramiko.SSHException, OSError, EOFError) as e:
@@ -195,6 +197,11 @@ def _changed(host: LabHost, e: paramiko.BadHostKeyException) -> str:
         f" is {fingerprint(e.expected_key)}; somebody may be in between. If it was installed anew:"
         f" {forget}, and add its new one"
     )
+
+
+def _was_cut_off(error: paramiko.AuthenticationException) -> bool:
+    """Say whether nobody refused us: paramiko has no other error for that (AuthHandler)."""
+    return "transport shut down" in str(error) or "timeout" in str(error)
 
 
 def _words(error: BaseException) -> str:

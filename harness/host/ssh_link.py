@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import paramiko
 
@@ -61,6 +62,10 @@ class Link:
         self._boot_id = boot_id
         self._log = log
         self._ours, self._theirs = socket.socketpair()
+        #: Rings when there is something to send.
+        self._bell, self._rope = socket.socketpair()
+        self._bell.setblocking(False)
+        self._rope.setblocking(False)
         #: What the keeper has not confirmed; its first byte is number `_confirmed`.
         self._commands = b""
         self._confirmed = 0
@@ -91,12 +96,16 @@ class Link:
         """Have all of it sent, now or when there is a connection again."""
         with self._lock:
             self._commands += data
+        # One that rings already, or was taken away, is no matter.
+        with contextlib.suppress(OSError):
+            self._rope.send(b"!")
 
     def close(self, timeout_s: float = 10.0) -> None:
         """End the thread and the connection. The keeper waits for another one for a time."""
         self._closing.set()
         self._ours.close()
         self._thread.join(timeout_s)
+        self._rope.close()
 
     # --- the thread's
 
@@ -128,6 +137,7 @@ class Link:
             self.reason = str(e)
         finally:
             self._theirs.close()
+            self._bell.close()
 
     def _greeted(self, channel: paramiko.Channel) -> int:
         """Take the keeper's greeting; return the number of the next command byte to send."""
@@ -162,7 +172,11 @@ class Link:
             if waiting:
                 channel.sendall(waiting)
                 sent += len(waiting)
-            if select.select([channel], [], [], _LOOK_S)[0]:
+            watched: list[Any] = [channel, self._bell]
+            readable, _, _ = select.select(watched, [], [], _LOOK_S)
+            if self._bell in readable:
+                self._bell.recv(_PIECE)
+            if channel in readable:
                 data = channel.recv(_PIECE)
                 if not data:
                     return self.is_over and _status(channel) == 0

@@ -69,4 +69,7 @@ def _memory(s: State) -> dict[str, Value]:
         found |= s.memory.shown(slot, VMCB)
     if s.smram_is_64:
         found |= s.memory.shown("smram", SMRAM_64, SMRAM_STATE_OFFSET)
+    if not s.facts.npt_on_l0:
+        # svm_set_efer() then runs L1 with EFER.NX set, and an SMI in L2 saves what L1 runs with.
+        found.pop("hsave.save.efer", None)
     return found

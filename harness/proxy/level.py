@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Final
 
+from harness.errors import Unsupported
 from harness.machine.addresses import Gpa
 from harness.proxy import program as ops
 from harness.proxy.failure import LevelBusy, ProxyError, ProxyFailure, describe, last_operations
@@ -256,7 +257,7 @@ class Level:
         self,
         *,
         vmcb: Mapping[str, int] | None = None,
-        npt: bool = True,
+        npt: bool | None = None,
         msrpm: Iterable[int] = (),
         iopm: Iterable[int] = (),
         name: str | None = None,
@@ -266,16 +267,24 @@ class Level:
 
         Args:
             vmcb: fields to change, by the names of `VmcbView`: `{"intercept.cpuid": 1}`.
-            npt: nested paging, with tables of its own (`guest.npt`); else shadow paging.
+            npt: nested paging, with tables of its own (`guest.npt`); else shadow paging. By default
+                nested paging where KVM offers it.
             msrpm: MSRs to intercept, both ways; more through `guest.msrpm`.
             iopm: ports to intercept; more through `guest.iopm`.
             name: for messages; L2, L3, ... by default.
             enter_flags: what this level does around VMRUN.
 
         Raises GuestFault: EFER.SVME is refused.
+        Raises Unsupported: nested paging is asked for, and KVM offers none.
 
         """
         self.enable_svm()
+        offered = self.cpu.machine.offers_npt
+        if npt is None:
+            npt = offered
+        elif npt and not offered:
+            # __nested_vmcb_check_controls() refuses NP_ENABLE then: VMRUN would be VMEXIT_INVALID.
+            raise Unsupported("nested paging: KVM_GET_SUPPORTED_CPUID: 8000000A EDX[0] NPT=0")
         guest = self.cpu.make_guest(self, npt=npt, name=name, enter_flags=enter_flags)
         for index in msrpm:
             guest.intercept_msr(index)

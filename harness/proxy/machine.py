@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Final, Self, TypeVar
 
 from harness.machine.addresses import Gpa
@@ -20,7 +21,7 @@ from harness.proxy.layout import INSTANCE_SIZE
 from harness.proxy.level import Level
 from harness.proxy.paging import LARGE_PAGE, PAGE, PageAllocator, PageTables
 from harness.proxy.smm import SmmLevel
-from harness.svm.cpuid import ExtendedFeaturesEdx, Leaf
+from harness.svm.cpuid import ExtendedFeaturesEdx, Leaf, SvmFeaturesEdx
 from harness.svm.msrs import Efer
 from harness.svm.smram import DEFAULT_SMBASE
 from kvm_ioctl.handles import Kvm
@@ -119,10 +120,17 @@ class ProxyMachine(Machine):
         """The SMI handler of vCPU 0."""
         return self.cpus[0].smm
 
-    def level(self, depth: int, *, npt: bool = True, vcpu: int = 0) -> Level:
+    @cached_property
+    def offers_npt(self) -> bool:
+        """Whether KVM offers nested paging to guests; with kvm_amd.npt=0 it does not."""
+        leaf = find_leaf(self.kvm.supported_cpuid(), Leaf.SVM)
+        return leaf is not None and bool(SvmFeaturesEdx(leaf.edx).NPT)
+
+    def level(self, depth: int, *, npt: bool | None = None, vcpu: int = 0) -> Level:
         """Return the level of a depth, 1 for L1; those that are missing are launched.
 
         Raises GuestFault: a level has no SVM.
+        Raises Unsupported: nested paging is asked for, and KVM offers none.
         """
         level = self.cpus[vcpu].l1
         while level.depth < depth:

@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterator, Sequence
 
 #: Options of `nsvm run` that say where and how a case runs; those with a value, and those without.
-_VALUED = ("--host", "--kernel", "--modules", "--lifecycle", "--timeout")
+_VALUED = ("--host", "--kernel", "--modules", "--param", "--lifecycle", "--timeout")
 _FLAGS = ("--shared", "--unsafe")
 
 #: Those that say which cases, and how often.
-_CHOOSING = ("-k", "--case", "--repeat")
+_CHOOSING = ("-k", "--case", "--part", "--repeat")
 _CHOOSING_FLAGS = ("--quick", "--until-fail")
 
 #: What the same options are called with plain pytest.

@@ -26,7 +26,7 @@ MOST_EVIDENCE = 64 << 10
 STATUS_UNFINISHED = 3
 
 #: Options of a run of some cases only.
-_CHOOSING = {"-k", "--case", "--quick", "-m"}
+_CHOOSING = {"-k", "--case", "--part", "--quick", "-m"}
 
 
 class ResultsError(HostError):

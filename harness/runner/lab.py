@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HarnessError, HostLost, NsvmError
+from harness.errors import HarnessError, HostLost, HostUnavailable, NsvmError
 from harness.host.session import Cancelled
 from harness.report.results import ResultsFile
 from harness.report.verdict import Outcome, Verdict
@@ -59,6 +59,7 @@ class Lab:
 
         Raises:
             Cancelled: the run ends early, and this case has no outcome.
+            HostUnavailable: the host cannot be had, for this case and for those behind it.
         """
         self.results.write(
             "begin",
@@ -125,6 +126,8 @@ class Lab:
         params = case.scenario.host_params
         try:
             host, session = pool.session(params)
+        except HostUnavailable:
+            raise
         except (NsvmError, OSError) as e:
             return Outcome(Verdict.ERROR, f"host: {e}", time.monotonic() - started)
         if self.stopping.is_set():

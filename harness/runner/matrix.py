@@ -1,4 +1,7 @@
-"""Machines saved on one kernel and restored on another: who can, who refuses, what differs."""
+"""Machines saved on one kernel and restored on another: who can, who refuses, what differs.
+
+A kernel is one for an emulated host; ``local`` and ``ssh:NAME`` stand for a host with its own.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,16 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Final
 
-from harness.errors import HostLost, NsvmError
+from harness.errors import HostError, HostLost, NsvmError
 from harness.host.session import CallResult, Event, Host, Session
 from harness.network.relay import Relay
 from harness.network.shape import LinkShape
 from harness.network.wire import Wire, wire
 from harness.probe.kmsg import splats
-from harness.runner.hosts import HostChoice, make_host
+from harness.runner.hosts import SSH, HostChoice, host_name, make_host
 from harness.storm.relay import EVENT
 
 SAVE_S: Final = 240.0
@@ -33,7 +37,14 @@ Tell = Callable[[Row], None]
 class Kernels:
     """One host per kernel; a context manager that ends them."""
 
-    def __init__(self, specs: Sequence[str], log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        specs: Sequence[str],
+        log: Callable[[str], None],
+        choice: HostChoice | None = None,
+    ) -> None:
+        """Prepare the hosts; of `choice`, the lab and the module parameters count."""
+        self._choice = choice or HostChoice()
         self.specs = list(specs)
         self._log = log
         self._stack = ExitStack()
@@ -46,7 +57,7 @@ class Kernels:
         with ExitStack() as stack:
             for spec in self.specs:
                 self._hosts[spec] = stack.enter_context(
-                    make_host(HostChoice("emulated", spec, None), log=self._log)
+                    make_host(self._chosen(spec), log=self._log)
                 )
                 self._sessions[spec] = self._hosts[spec].start()
             self._stack = stack.pop_all()
@@ -54,6 +65,14 @@ class Kernels:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def _chosen(self, spec: str) -> HostChoice:
+        if spec == "local" or spec.startswith(SSH):
+            try:
+                return replace(self._choice, host=host_name(spec), kernel=None, modules=None)
+            except ValueError as e:
+                raise HostError(str(e)) from None
+        return replace(self._choice, host="emulated", kernel=spec, modules=None)
 
     def release(self, spec: str) -> str:
         """Return the kernel's release."""
@@ -122,16 +141,21 @@ def by_file(kernels: Kernels, places: Sequence[str], tell: Tell) -> list[Row]:
 
 
 def live(
-    kernels: Kernels, places: Sequence[str], tell: Tell, link: LinkShape | None = None
+    kernels: Kernels,
+    places: Sequence[str],
+    tell: Tell,
+    link: LinkShape | None = None,
+    ways: Sequence[tuple[str, str]] | None = None,
 ) -> list[Row]:
     """Send every place live from every kernel to every other one; return a row for each.
 
-    With `link`, what the two say to each other goes over a TCP connection shaped like that.
+    `ways` are those that are taken instead. With `link`, what the two say to each other goes over a
+    TCP connection shaped like that.
     """
     rows = []
     with nullcontext() if link is None else wire(link) as between:
         for place, (source, target) in itertools.product(
-            places, itertools.permutations(kernels.specs, 2)
+            places, ways or list(itertools.permutations(kernels.specs, 2))
         ):
             row = {"from": source, "to": target, "place": place, "way": "live"}
             row |= _one_live(kernels, source, target, place, between)

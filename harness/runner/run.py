@@ -47,6 +47,20 @@ _MOST_JOBS = 4
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of several parts of the same cases, dealt out like cards."""
+
+    #: From 1 to `count`.
+    number: int
+    count: int
+    #: How many cases there are in all parts together.
+    of: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """What the command line says about a run."""
 
@@ -100,6 +114,8 @@ class Run:
         self.directory = options.directory or new_directory()
         #: What is to run, in order, and how it ended, by its number.
         self.cases: Sequence[Case] = ()
+        #: Which part of them is this run's own; None: all.
+        self.part: Part | None = None
         self.outcomes: dict[int, Outcome] = {}
         #: What makes the run an ERROR whatever the cases say; each in one line.
         self.complaints: list[str] = []
@@ -166,8 +182,11 @@ class Run:
 
     def _chosen(self) -> dict[str, str]:
         """Return which host and kernel were asked for: what there is to tell if none comes up."""
-        emulated = self.kind == "emulated"
-        kernel = (self.options.choice.kernel or DEFAULT_KERNEL) if emulated else os.uname().release
+        kernel = ""  # a lab machine's own: only it knows
+        if self.kind == "emulated":
+            kernel = self.options.choice.kernel or DEFAULT_KERNEL
+        elif self.kind == "local":
+            kernel = os.uname().release
         return {"host": self.kind, "kernel": kernel}
 
     def _into_store(self) -> None:
@@ -188,7 +207,9 @@ class Run:
 
     def workers(self) -> Workers:
         """Return what runs `cases`, not yet started; `wait` gives their outcomes."""
-        self.lab.results.write("plan", cases=[[case.id, case.repeat] for case in self.cases])
+        part = {} if self.part is None else {"part": str(self.part), "of": self.part.of}
+        cases = [[case.id, case.repeat] for case in self.cases]
+        self.lab.results.write("plan", cases=cases, **part)
         pools = self._pools[: max(1, len(self.cases))]
         self._workers = Workers(self.lab, pools, self.cases)
         return self._workers
@@ -212,6 +233,7 @@ class Run:
             return
         self.finished = True
         ended = self._workers.ended() if self._workers else {}
+        self.complaints += self._workers.unavailable if self._workers else []
         reason = "; ".join(self.complaints) or f"the run ended early ({why})"
         self.outcomes = {
             number: ended[number].outcome

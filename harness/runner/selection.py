@@ -9,7 +9,7 @@ import pytest
 
 from harness.report.verdict import Verdict
 from harness.runner.plugin import ScenarioItem
-from harness.runner.run import Run
+from harness.runner.run import Part, Run
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Choice:
     cases: tuple[str, ...] = ()
     repeat: int = 1
     until_fail: bool = False
+    part: Part | None = None
 
 
 class Selection:
@@ -42,8 +43,17 @@ class Selection:
             config.hook.pytest_deselected(items=left_out)
             if unknown := sorted(wanted - {item.name for item in items}):
                 raise pytest.UsageError(f"no case {unknown[0]}")
+        if self._choice.part is not None:
+            self._deal(config, items, self._choice.part)
         if self._choice.repeat > 1:
             items[:] = _repeated(items, self._choice.repeat)
+
+    def _deal(self, config: pytest.Config, items: list[pytest.Item], part: Part) -> None:
+        """Leave every `count`th case: neighbours take equally long, and go to different parts."""
+        self._run.part = replace(part, of=len(items))
+        own = items[part.number - 1 :: part.count]
+        config.hook.pytest_deselected(items=[item for item in items if item not in own])
+        items[:] = own
 
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
         """End the run with the first failure, if that is what was asked for."""

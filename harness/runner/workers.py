@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError, Future
 from types import TracebackType
 from typing import Any, Self
 
-from harness.errors import HarnessError
+from harness.errors import HarnessError, HostUnavailable
 from harness.host.session import Cancelled
 from harness.runner.hosts import HostPool
 from harness.runner.lab import Lab, Ran
@@ -71,6 +71,8 @@ class Workers:
         self._futures: list[Future[Ran]] = [Future() for _ in cases]
         #: What went wrong beside the cases: a host could not be ended, for one.
         self.errors: list[BaseException] = []
+        #: Why the hosts cannot be had any more, each in one line.
+        self.unavailable: list[str] = []
         self._hosts: list[dict[str, Any]] = []
         # Daemons: one that does not end in time must not keep the process.
         self._threads = [
@@ -141,6 +143,10 @@ class Workers:
                 return
             try:
                 future.set_result(self._lab.run(pool, self._cases[number]))
+            except HostUnavailable as e:
+                self.unavailable.append(str(e))
+                future.set_exception(Cancelled(str(e)))
+                self._cancel_rest()
             except BaseException as e:
                 future.set_exception(e)
                 if not isinstance(e, Exception):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from harness.fleet import drive
 from harness.host.bundle import tree_root
 
 ANSIBLE = tree_root() / "ansible"
@@ -30,7 +31,7 @@ KVM_AMD = """
 
 def ansible(tool, *arguments, here=ANSIBLE):
     if (found := shutil.which(tool, path=PATH)) is None:
-        pytest.skip(f"no {tool}: pip install '.[lab]'")
+        pytest.fail(f"no {tool}: make setup installs it")
     environment = {**os.environ, "PATH": PATH, "ANSIBLE_NOCOLOR": "1", "NO_COLOR": "1"}
     environment["ANSIBLE_ROLES_PATH"] = str(ANSIBLE / "roles")
     return subprocess.run(
@@ -59,6 +60,8 @@ def play(playbook, *arguments, here=ANSIBLE, status=0, **variables):
 def test_ansible_lint_has_nothing_to_say(tmp_path):
     tree = tmp_path / "ansible"
     shutil.copytree(ANSIBLE, tree)
+    shutil.copy(drive.PLAYBOOK, tree / "fleet.yml")
+    shutil.copy(drive.PLAYBOOK.with_name("lab.toml.j2"), tree)
     done = ansible("ansible-lint", "--offline", "-c", tree / ".ansible-lint", tree, here=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -99,11 +102,25 @@ def test_kvm_amd_gets_its_parameters_once(tmp_path):
     (tools / "modprobe").chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "PATH", f"{tools}:{PATH}")
-        assert play(playbook, **where)[0] == 4
+        assert play(playbook, **where)[0] == 5
         assert play(playbook, **where)[0] == 0
     options = (tmp_path / "etc/modprobe.d/nsvm.conf").read_text().splitlines()[-1]
     assert options == "options kvm_amd nested=1 vgif=0"
     assert (tmp_path / "calls").read_text().splitlines() == ["-r kvm_amd", "kvm_amd"]
+
+
+@pytest.mark.nightly
+def test_the_harness_is_installed_once_and_whole(tmp_path):
+    where = {"harness_directory": tmp_path / "nsvm", "harness_python": sys.executable}
+    assert play("install.yml", **where)[0] == 3
+    assert play("install.yml", **where)[0] == 0
+    venv = tmp_path / "nsvm/venv"
+    [site] = venv.glob("lib/python*/site-packages")
+    assert (site / "harness/fleet/playbook.yml").exists()
+    words = [venv / "bin/nsvm", "list"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert " scenarios, " in done.stdout.splitlines()[-1]
 
 
 def test_results_are_fetched_by_host_and_night(tmp_path):

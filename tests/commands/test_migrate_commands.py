@@ -46,8 +46,13 @@ def test_a_damaged_file_is_one_line_and_status_2(tmp_path, damage):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["migrate"], "one of --storm and --matrix"),
-        (["migrate", "--storm", "2", "--matrix", "6.1"], "one of --storm and --matrix"),
+        (["migrate"], "one of --storm, --matrix and --from"),
+        (["migrate", "--storm", "2", "--matrix", "6.1"], "one of --storm, --matrix and --from"),
+        (["migrate", "--from", "6.1", "--matrix", "6.1"], "one of --storm, --matrix and --from"),
+        (["migrate", "--from", "6.1"], "--from and --to go together"),
+        (["migrate", "--from", "ssh:a", "--to", "ssh:a"], "each host once"),
+        (["migrate", "--from", "ssh:a", "--to", "ssh:b", "--lab", "/nowhere/lab"], "/nowhere/lab"),
+        (["migrate", "--from", "ssh:", "--to", "6.1"], "'ssh:' is not one of"),
         (["migrate", "--storm", "0"], "0"),
         (["migrate", "--matrix", "6.1", "--places", "moon"], "no place is called moon"),
         (["migrate", "--storm", "1", "--levels", "9"], "9"),

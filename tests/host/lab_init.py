@@ -43,7 +43,17 @@ def modprobe():
     if sys.argv[1] == "-r":
         _checked(_libc.syscall(_DELETE_MODULE, sys.argv[2].encode(), os.O_NONBLOCK), "in use")
     else:
-        insert(sys.argv[1], " ".join(sys.argv[2:]))
+        insert(sys.argv[1], " ".join([*configured(sys.argv[1]), *sys.argv[2:]]))
+
+
+def configured(name):
+    """A module's options in /etc/modprobe.d."""
+    found = []
+    for path in sorted(Path("/etc/modprobe.d").glob("*.conf")):
+        for line in path.read_text().splitlines():
+            if line.split()[:2] == ["options", name]:
+                found += line.split()[2:]
+    return found
 
 
 def main():

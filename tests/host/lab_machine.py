@@ -30,9 +30,13 @@ BOOT_S = 120
 
 
 class LabMachine:
-    """A context manager; `lab` is its entry in a lab.toml. A panic is a reboot, as in a lab."""
+    """A context manager; `lab` is its entry in a lab.toml. A panic is a reboot, as in a lab.
 
-    def __init__(self, kernel, here, name="emulated1"):
+    With `reboots` False a panic is its end, as of a machine whose power supply has gone.
+    """
+
+    def __init__(self, kernel, here, name="emulated1", *, reboots=True):
+        self._reboots = reboots
         self.here = here / name
         self.here.mkdir()
         self.name, self._kernel = name, kernel
@@ -89,6 +93,7 @@ class LabMachine:
             "-initrd", str(initrd), "-append", KERNEL_OPTIONS,
             "-netdev", forward, "-device", "virtio-net-pci,netdev=net,romfile=",
             "-serial", f"file:{self.console}",
+            *([] if self._reboots else ["-no-reboot"]),
         ]  # fmt: skip
 
     def _initrd(self):

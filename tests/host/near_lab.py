@@ -73,6 +73,23 @@ def assert_nothing_is_left(near):
     assert Path(near.lock).read_text() == ""
 
 
+def inventory_text(machines, **variables):
+    """Machines as an inventory of Ansible's; `variables` of all of them come on top."""
+    hosts = {}
+    for machine in machines:
+        hosts[machine.name] = {
+            "ansible_host": machine.address,
+            "ansible_port": machine.port,
+            "ansible_user": machine.user,
+            "ansible_ssh_private_key_file": str(machine.key),
+        }
+        for key, value in vars(machine).items():
+            if key not in ("name", "address", "port", "user", "key", "params"):
+                plain = value if isinstance(value, bool | int | float) else str(value)
+                hosts[machine.name][f"nsvm_{key}"] = plain
+    return json.dumps({"all": {"hosts": hosts, "vars": variables}})
+
+
 def lab_text(machine):
     """A machine's entry as it stands in a lab.toml."""
     lines = [f"[hosts.{machine.name}]"]

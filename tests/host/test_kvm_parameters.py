@@ -127,7 +127,7 @@ def test_a_record_of_another_boot_changes_nothing(machine):
 
 
 def test_a_local_host_gives_them_back_when_it_does_not_come_up(machine, monkeypatch):
-    monkeypatch.setattr(machine_lock, "PATH", machine.here / "lock")
+    monkeypatch.setenv(machine_lock.VARIABLE, str(machine.here / "lock"))
     monkeypatch.setenv("NSVM_CACHE", str(machine.here / "cache"))
     monkeypatch.setattr("harness.host.local.kvm_device", lambda view: 1 / 0)
     with pytest.raises(ZeroDivisionError), LocalHost({"npt": "0"}) as host:

@@ -1,8 +1,11 @@
 """This machine as a host: the agent as a child process, its end, and what it needs."""
 
+import json
+import multiprocessing
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from harness.facts import Fact
 from harness.host import local
 from harness.host.bundle import tree_root
 from harness.host.local import LocalHost
+from harness.host.machine_lock import local_path, machine_lock
 
 
 @pytest.fixture
@@ -101,3 +105,61 @@ def test_a_device_that_refuses_is_said_before_anything_is_started(host, monkeypa
     with pytest.raises(HostError, match="Permission denied"):
         host.start()
     assert host._process is None
+
+
+def hold_the_machine(path, has_it, enough, dies):
+    with machine_lock(path, {"who": "eve@far", "command": "nsvm run -k other"}):
+        has_it.set()
+        enough.wait(60)
+        if dies:
+            os._exit(0)
+
+
+@pytest.fixture
+def other_run():
+    """Another process that has the machine; tell it to go, giving it back or not."""
+    context = multiprocessing.get_context("spawn")
+    has_it, enough = context.Event(), context.Event()
+    made = []
+
+    def begin(path, *, dies=False):
+        process = context.Process(target=hold_the_machine, args=(path, has_it, enough, dies))
+        made.append(process)
+        process.start()
+        assert has_it.wait(60)
+
+        def end():
+            enough.set()
+            process.join(60)
+
+        return end
+
+    yield begin
+    enough.set()
+    for process in made:
+        process.join(60)
+
+
+def test_a_run_has_the_machine_for_itself(host, other_run):
+    end = other_run(local_path())
+    started = time.monotonic()
+    with pytest.raises(
+        HostError, match=r"in use by eve@far \(nsvm run -k other\); lock /"
+    ) as error:
+        host.start()
+    assert time.monotonic() - started < 1
+    assert "\n" not in str(error.value)
+    assert host._process is None
+    end()
+    host.start()
+    assert json.loads(local_path().read_text())["pid"] == os.getpid()
+    host.close()
+    assert local_path().read_text() == ""
+
+
+def test_what_never_gave_the_machine_back_is_named(host, other_run):
+    other_run(local_path(), dies=True)()
+    said = []
+    host._log = said.append
+    host.start()
+    assert said == ["eve@far (nsvm run -k other) had this machine, and never gave it back"]

@@ -152,7 +152,7 @@ def test_heartbeats_do_not_keep_a_call_waiting_for_ever(pair):
 def test_a_call_that_another_thread_cancels_ends_at_once(pair, monkeypatch):
     """Long before the host would be taken for lost."""
     session, agent = pair
-    monkeypatch.setattr(session, "_silence_s", 60)
+    monkeypatch.setattr(session, "silence_s", 60)
     agent.say({"event": "begin", "id": 1})
     cancel = lambda event: threading.Timer(0.1, session.cancel).start()  # noqa: E731
     started = time.monotonic()

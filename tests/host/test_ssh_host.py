@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import paramiko
 import psutil
 import pytest
 from near_lab import assert_nothing_is_left, gate, near, processes_of, ssh_server  # noqa: F401
@@ -18,8 +19,9 @@ from tcp_gate import Gate
 from harness.errors import HostError, HostLost
 from harness.host import bundle, ssh
 from harness.host.artefact import build_artefact
+from harness.host.session import Cancelled
 from harness.host.ssh import SshHost
-from harness.host.ssh_connection import Refused
+from harness.host.ssh_connection import Connection, Refused, Unreachable
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +68,23 @@ def numbers(events):
     return [event["data"]["number"] for event in events if event["event"] == "emit"]
 
 
+def test_a_run_that_is_cancelled_gives_the_machine_back_at_once(near, said):  # noqa: F811
+    with SshHost(near, log=said.append) as host:
+        session = host.start()
+
+        def cancel(event):
+            if event["event"] == "emit":
+                session.cancel()
+
+        with pytest.raises(Cancelled):
+            call(session, "say_and_wait", on_event=cancel, go="/nowhere")
+        started = time.monotonic()
+        host.close()
+        assert time.monotonic() - started < near.linger_s / 2
+        assert_nothing_is_left(near)
+        assert time.monotonic() - started < near.linger_s / 2
+
+
 @pytest.mark.parametrize("shut_s", [0, 3], ids=["at once", "after a while"])
 def test_a_run_goes_on_while_its_connection_is_cut(gate, said, shut_s):  # noqa: F811
     way, far = gate
@@ -89,6 +108,25 @@ def test_a_run_goes_on_while_its_connection_is_cut(gate, said, shut_s):  # noqa:
     assert result.output == [f"line {number}" for number in range(800)]
     assert any("the run goes on there" in text for text in said)
     assert_nothing_is_left(far)
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("Authentication failed.", Refused),
+        ("Authentication failed: transport shut down or saw EOF", Unreachable),
+        ("Authentication timeout.", Unreachable),
+    ],
+)
+def test_a_login_that_is_cut_off_is_not_one_that_is_refused(near, monkeypatch, said, error):  # noqa: F811
+    """The link tries again after one, and gives up after the other."""
+
+    def connect(self, *args, **kwargs):
+        raise paramiko.AuthenticationException(said)
+
+    monkeypatch.setattr(paramiko.SSHClient, "connect", connect)
+    with pytest.raises(error):
+        Connection(near)
 
 
 def test_commands_sent_while_it_is_cut_arrive_once(gate):  # noqa: F811

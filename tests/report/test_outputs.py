@@ -161,6 +161,10 @@ def test_an_escape_sequence_in_a_reason_does_not_reach_the_terminal(tmp_path):
             ["run", "--kernel=6.1", "--shared", "-j", "2"],
             "nsvm run --kernel=6.1 --shared --case 'a[x=1]'",
         ),
+        (
+            ["run", "--host", "ssh:zen2", "--part", "1/2", "--param", "npt=0", "--lab", "lab.toml"],
+            "nsvm run --host ssh:zen2 --param npt=0 --case 'a[x=1]'",
+        ),
         (["harness/scenarios", "--nsvm-kernel", "6.1"], "nsvm run --kernel 6.1 --case 'a[x=1]'"),
         (["run", "my own.py", "--kernel"], "nsvm run 'my own.py' --kernel --case 'a[x=1]'"),
         (["run", "--kernel", "6.1; rm -rf x"], "nsvm run --kernel '6.1; rm -rf x' --case 'a[x=1]'"),

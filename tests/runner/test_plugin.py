@@ -3,8 +3,9 @@
 import os
 
 import pytest
-from fake_pool import scenario_source
+from fake_pool import FakePool, scenario_source
 
+from harness.errors import HostUnavailable
 from harness.report.results import read_results
 
 ALL = {"one": "pass", "two": "fail", "three": "skip", "four": "error", "five": "interrupt"}
@@ -103,6 +104,26 @@ def test_after_a_fail_the_machine_is_not_used_again(run, fate):
     ran = run(one=fate, two="pass")
     assert ran.verdicts == {"one": "FAIL", "two": "PASS"}
     assert ran.pool.dropped == [{}]
+
+
+class GoneAfterOne(FakePool):
+    """Its host is lost after the first case, and never comes back."""
+
+    def session(self, params):
+        if self.calls:
+            raise HostUnavailable("zen2: no connection to root@zen2: no answer")
+        return super().session(params)
+
+
+def test_a_host_that_cannot_be_had_any_more_ends_the_run(run):
+    ran = run(pool=GoneAfterOne, one="pass", two="pass", three="pass")
+    assert ran.verdicts == {"one": "PASS", "two": "MISS", "three": "MISS"}
+    assert [case for case, _, _ in ran.pool.calls] == ["one"]
+    why = "zen2: no connection to root@zen2: no answer"
+    assert ran.ends["three"]["reason"] == why
+    assert ran.events[-1]["complaints"] == [why]
+    assert f"ERROR  {why}" in ran.output.splitlines()
+    assert ran.status == 2
 
 
 def test_a_host_that_dies_fails_the_case_and_no_other(run):

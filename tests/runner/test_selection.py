@@ -37,6 +37,26 @@ def test_cases_are_chosen_by_their_ids(run):
     assert list(ran.verdicts) == ["one", "two"]
 
 
+def test_parts_are_dealt_out_like_cards_and_nothing_is_lost(run):
+    cases = dict.fromkeys("abcde", "pass")
+    parts = [run("--part", f"{number}/3", **cases) for number in (1, 2, 3)]
+    assert [list(part.verdicts) for part in parts] == [["a", "d"], ["b", "e"], ["c"]]
+    plans = [event for part in parts for event in part.events if event["event"] == "plan"]
+    assert [(plan["part"], plan["of"]) for plan in plans] == [("1/3", 5), ("2/3", 5), ("3/3", 5)]
+
+
+def test_parts_are_of_what_was_chosen(run):
+    ran = run("--part", "2/2", "-k", "not b", a="pass", b="pass", c="pass")
+    assert list(ran.verdicts) == ["c"]
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/2", "1/0", ""])
+def test_a_part_that_there_is_not_is_a_wrong_command_line(part):
+    done = CliRunner().invoke(command, ["--part", part])
+    assert done.exit_code == 2
+    assert f"{part!r} is not I/N with I from 1 to N" in done.output
+
+
 def test_a_case_that_there_is_not_is_an_error(run):
     ran = run("--case", "none", one="pass")
     assert ran.status == 2

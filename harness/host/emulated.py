@@ -15,8 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from harness.errors import HarnessError, HostError, HostLost
 from harness.host import bundle, kvm_parameters
@@ -26,7 +25,7 @@ from harness.host.initrd_build import build_initrd
 from harness.host.kernels import Kernel
 from harness.host.monitor import shell_quoted
 from harness.host.qemu import QEMU, QemuMachine, qemu_version
-from harness.host.session import Event, Session
+from harness.host.session import Event, Host, Session
 from harness.host.userland import userland
 
 #: What the channel and KVM need, in any order; built-in ones are skipped.
@@ -64,7 +63,7 @@ class Hardware:
         return tuple(disk for disk in (self.disk, self.qemu_disk) if disk)
 
 
-class EmulatedHost:
+class EmulatedHost(Host):
     """A virtual AMD machine with `kernel`; `params` are kvm_amd's, e.g. ``{"nested": "0"}``.
 
     Use as a context manager. `start` gives a session with the tree's code loaded; called again, it
@@ -99,17 +98,6 @@ class EmulatedHost:
         self._hello: Event = {}
         self._code: bundle.Bundle | None = None
         self.started_warm = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def describe(self) -> dict[str, Any]:
         """Return what results record of this host."""

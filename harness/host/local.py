@@ -12,8 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from harness.errors import HarnessError, HostError, HostLost
 from harness.facts import HostView, kvm_device
@@ -21,7 +20,7 @@ from harness.host import kvm_parameters, machine_lock
 from harness.host.bundle import PRELOAD, build_images, tree_root
 from harness.host.cache import cache_dir
 from harness.host.inventory import inventory
-from harness.host.session import Event, Session
+from harness.host.session import Event, Host, Session
 
 _STOP_S = 10.0
 
@@ -49,7 +48,7 @@ class ProcessPipe:
         self._in.flush()
 
 
-class LocalHost:
+class LocalHost(Host):
     """The machine itself. `params` are kvm_amd's while this host is started, and given back."""
 
     kind = "local"
@@ -67,17 +66,6 @@ class LocalHost:
         self._taken = contextlib.ExitStack()
         self._params = dict(params or {})
         self._hello: Event = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def describe(self) -> dict[str, Any]:
         """Return what results record of this host."""

@@ -233,10 +233,13 @@ class Host(Protocol):
     def describe(self) -> dict[str, Any]: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()

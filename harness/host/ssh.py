@@ -12,8 +12,7 @@ import json
 import posixpath
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import paramiko
 
@@ -24,7 +23,7 @@ from harness.host.bundle import PRELOAD, Bundle
 from harness.host.keeper import ACKNOWLEDGED
 from harness.host.lab_file import LabHost
 from harness.host.machine_lock import ourselves, whose
-from harness.host.session import SILENCE_S, Event, Session
+from harness.host.session import SILENCE_S, Event, Host, Session
 from harness.host.ssh_connection import Connection, connect
 from harness.host.ssh_link import Link
 
@@ -55,7 +54,7 @@ class _KeptSession(Session):
             yield event
 
 
-class SshHost:
+class SshHost(Host):
     """A lab machine; `params` are kvm_amd's while this has it. Use as a context manager.
 
     `start` may be called again after the host was lost; it then waits for it to be up again.
@@ -83,17 +82,6 @@ class SshHost:
 
     def _log(self, text: str) -> None:
         self._tell(f"{self.lab.name}: {text}")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def describe(self) -> dict[str, Any]:
         """Return what results record of this host."""

@@ -8,11 +8,9 @@ here depends on the allocator's trace points or on stack unwinding.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 from harness.errors import HarnessError
-from harness.probe.interruption import uninterrupted
+from harness.probe.interruption import Borrowed
 from harness.probe.kprobes import Kprobes
 from harness.probe.tracefs import TraceEvent, TraceInstance
 
@@ -34,7 +32,7 @@ class _Bracket:
 
 
 @dataclass
-class FunctionProbe:
+class FunctionProbe(Borrowed):
     """Counts pages that pass between KVM's allocate/free functions and the page allocator."""
 
     name: str = "functions"
@@ -48,17 +46,8 @@ class FunctionProbe:
     def __post_init__(self) -> None:
         self._events = Kprobes(self._trace)
 
-    def __enter__(self) -> Self:
-        try:
-            with uninterrupted():
-                self._trace.__enter__()
-                self._arm()
-        except BaseException:
-            self._remove()
-            raise
-        return self
-
-    def _arm(self) -> None:
+    def _borrow(self) -> None:
+        self._trace.__enter__()
         self._events.define("p", "enter_alloc", ("svm_allocate_nested",))
         self._events.define("r", "leave_alloc", ("svm_allocate_nested",))
         self._events.define("p", "enter_free", ("svm_free_nested",))
@@ -68,18 +57,9 @@ class FunctionProbe:
         self._events.define("p", "page_free", _FREE, "order=%si:u32")
         self._events.enable()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
-        with uninterrupted():
-            self._trace.__exit__(None, None, None)
-            self._events.remove()
+    def _give_back(self) -> None:
+        self._trace.__exit__(None, None, None)
+        self._events.remove()
 
     def _account(self, event: TraceEvent) -> None:
         bracket = self._brackets.setdefault(event.tid, _Bracket())

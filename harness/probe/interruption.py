@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 
 @contextmanager
@@ -28,3 +31,35 @@ def uninterrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
         if told:
             signal.raise_signal(signal.SIGTERM)
+
+
+class Borrowed(ABC):
+    """What is borrowed from the kernel in a `with`, and given back whatever happens."""
+
+    @abstractmethod
+    def _borrow(self) -> None: ...
+
+    @abstractmethod
+    def _give_back(self) -> None:
+        """Give back what there is: also after half of `_borrow`, and if nothing is left."""
+
+    def __enter__(self) -> Self:
+        try:
+            with uninterrupted():
+                self._borrow()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        with uninterrupted():
+            self._give_back()

@@ -23,11 +23,9 @@ import os
 import re
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from harness.errors import HostError
-from harness.probe.interruption import uninterrupted
+from harness.probe.interruption import Borrowed
 from harness.probe.tracefs import write
 
 PAGE_SIZE = 4096
@@ -69,7 +67,7 @@ def _own_cgroup(version: int) -> str:
     raise HostError("/proc/self/cgroup does not name a memory cgroup")
 
 
-class Cgroup:
+class Cgroup(Borrowed):
     """A memory cgroup for this process; a context manager that moves it there and back."""
 
     def __init__(self, label: str = "mem") -> None:
@@ -78,25 +76,8 @@ class Cgroup:
         self.path = self._root / f"{_PREFIX}{label}-{os.getpid()}"
         self._made = False
 
-    def __enter__(self) -> Self:
+    def _borrow(self) -> None:
         remove_leftovers(self._root)
-        try:
-            with uninterrupted():
-                self._make()
-        except BaseException:
-            self._leave()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._leave()
-
-    def _make(self) -> None:
         try:
             self.path.mkdir()
         except OSError as e:
@@ -108,13 +89,12 @@ class Cgroup:
             )
         write(self.path / "cgroup.procs", str(os.getpid()))
 
-    def _leave(self) -> None:
+    def _give_back(self) -> None:
         if not self._made:
             return
-        with uninterrupted():
-            self._made = False
-            self.step_out()
-            self._remove()
+        self._made = False
+        self.step_out()
+        self._remove()
 
     def _remove(self) -> None:
         deadline = time.monotonic() + _EMPTY_DEADLINE_S
@@ -168,7 +148,7 @@ def disown_pages() -> None:
     _libc.munlockall()
 
 
-class MemcgProbe:
+class MemcgProbe(Borrowed):
     """Counts kernel memory by the memory controller's books."""
 
     name = "memcg"
@@ -177,7 +157,7 @@ class MemcgProbe:
         self.cgroup = Cgroup()
         self._source = ""
 
-    def __enter__(self) -> Self:
+    def _borrow(self) -> None:
         self.cgroup.__enter__()
         if self.cgroup.version == 1:
             self._source = "memory.kmem.usage_in_bytes"
@@ -185,22 +165,12 @@ class MemcgProbe:
             self._source = "memory.stat"
         else:
             self._source = "memory.current"
-            try:
-                own_all_pages()
-            except BaseException:
-                self.cgroup.__exit__(None, None, None)
-                raise
-        return self
+            own_all_pages()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _give_back(self) -> None:
         if self._source == "memory.current":
             disown_pages()
-        self.cgroup.__exit__(kind, error, trace)
+        self.cgroup.__exit__(None, None, None)
 
     @property
     def source(self) -> str:

@@ -6,11 +6,10 @@ all the time; so it may stay armed for as long as a guest lives.
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from harness.model.allocation import NESTED_BLOCKS, Policy
-from harness.probe.interruption import uninterrupted
+from harness.probe.interruption import Borrowed
 from harness.probe.kprobes import Kprobes
 from harness.probe.tracefs import TraceEvent, TraceInstance
 
@@ -20,7 +19,7 @@ BYTES_PER_VCPU: Final = sum(block.size_bytes for block in NESTED_BLOCKS[Policy.O
 """As the model has it, and the other probes find it."""
 
 
-class NestedVcpus:
+class NestedVcpus(Borrowed):
     """Knows the vCPUs of this process, and of its later children, that have nested state."""
 
     def __init__(self) -> None:
@@ -28,26 +27,16 @@ class NestedVcpus:
         self._events = Kprobes(self._trace, "nested")
         self._having: set[str] = set()
 
-    def __enter__(self) -> Self:
-        try:
-            with uninterrupted():
-                self._trace.__enter__()
-                # Both are called for vCPUs that have it, or have none, already.
-                for name in ("allocate", "free"):
-                    self._events.define("p", name, (f"svm_{name}_nested",), "svm=%di:x64")
-                self._events.enable()
-        except BaseException:
-            self._remove()
-            raise
-        return self
+    def _borrow(self) -> None:
+        self._trace.__enter__()
+        # Both are called for vCPUs that have it, or have none, already.
+        for name in ("allocate", "free"):
+            self._events.define("p", name, (f"svm_{name}_nested",), "svm=%di:x64")
+        self._events.enable()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._remove()
+    def _give_back(self) -> None:
+        self._trace.__exit__(None, None, None)
+        self._events.remove()
 
     def count(self) -> int:
         """Return how many vCPUs have nested state."""
@@ -61,8 +50,3 @@ class NestedVcpus:
             self._having.add(vcpu)
         else:
             self._having.discard(vcpu)
-
-    def _remove(self) -> None:
-        with uninterrupted():
-            self._trace.__exit__(None, None, None)
-            self._events.remove()

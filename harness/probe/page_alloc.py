@@ -11,11 +11,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from harness.errors import HarnessError
-from harness.probe.interruption import uninterrupted
+from harness.probe.interruption import Borrowed
 from harness.probe.tracefs import TraceEvent, TraceInstance, own_threads
 
 PAGE_SIZE = 4096
@@ -71,7 +69,7 @@ def call_site(event: TraceEvent) -> CallSite | None:
     return CallSite(inner[0], int(event.fields["order"]), tuple(inner[1:]))
 
 
-class PageAllocProbe:
+class PageAllocProbe(Borrowed):
     """Counts pages one by one; exact, as long as no event is lost."""
 
     name = "page_alloc"
@@ -85,24 +83,13 @@ class PageAllocProbe:
         #: Allocations that the kernel refused.
         self.refused: Counter[CallSite] = Counter()
 
-    def __enter__(self) -> Self:
-        try:
-            with uninterrupted():
-                self._trace.__enter__()
-                for event in ("kmem/mm_page_alloc", "kmem/mm_page_free"):
-                    self._trace.enable(event)
-        except BaseException:
-            self._trace.__exit__(None, None, None)
-            raise
-        return self
+    def _borrow(self) -> None:
+        self._trace.__enter__()
+        for event in ("kmem/mm_page_alloc", "kmem/mm_page_free"):
+            self._trace.enable(event)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._trace.__exit__(kind, error, trace)
+    def _give_back(self) -> None:
+        self._trace.__exit__(None, None, None)
 
     def _update(self) -> None:
         self._threads |= own_threads()

@@ -6,10 +6,9 @@ the guest's run (nested_svm_check_events), and is taken in L1 then.
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
-from harness.probe.interruption import uninterrupted
+from harness.probe.interruption import Borrowed
 from harness.probe.tracefs import TraceInstance, write
 from harness.svm.exit_codes import ExitCode
 
@@ -17,31 +16,20 @@ _EVENT: Final = "kvm/kvm_nested_vmexit_inject"
 _BUFFER_KIB: Final = 256
 
 
-class SmiExits:
+class SmiExits(Borrowed):
     """Counts them, of all VMs of the machine, while armed."""
 
     def __init__(self) -> None:
         self._trace = TraceInstance("smi", buffer_kib=_BUFFER_KIB, all_tasks=True)
 
-    def __enter__(self) -> Self:
-        try:
-            with uninterrupted():
-                self._trace.__enter__()
-                of_smis = f"exit_code == {int(ExitCode.SVM_EXIT_SMI)}"
-                write(self._trace.path / "events" / _EVENT / "filter", of_smis)
-                self._trace.enable(_EVENT)
-        except BaseException:
-            self._trace.__exit__(None, None, None)
-            raise
-        return self
+    def _borrow(self) -> None:
+        self._trace.__enter__()
+        of_smis = f"exit_code == {int(ExitCode.SVM_EXIT_SMI)}"
+        write(self._trace.path / "events" / _EVENT / "filter", of_smis)
+        self._trace.enable(_EVENT)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._trace.__exit__(kind, error, trace)
+    def _give_back(self) -> None:
+        self._trace.__exit__(None, None, None)
 
     def count(self) -> int:
         """Return how many there were since the last call."""

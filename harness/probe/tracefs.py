@@ -11,11 +11,9 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from harness.errors import HarnessError, HostError
-from harness.probe.interruption import uninterrupted
+from harness.probe.interruption import Borrowed
 
 TRACEFS = Path("/sys/kernel/tracing")
 _PREFIX = "nsvm-"
@@ -66,7 +64,7 @@ def require_tracefs() -> None:
         raise HostError(f"no permission to create trace instances in {TRACEFS} (root needed)")
 
 
-class TraceInstance:
+class TraceInstance(Borrowed):
     """A context manager around one instance.
 
     Without `all_tasks` only this process's threads are recorded.
@@ -82,26 +80,9 @@ class TraceInstance:
         self._pipe = -1
         self._made = False
 
-    def __enter__(self) -> Self:
+    def _borrow(self) -> None:
         require_tracefs()
         remove_leftovers()
-        try:
-            with uninterrupted():
-                self._make()
-        except BaseException:
-            self._remove()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._remove()
-
-    def _make(self) -> None:
         try:
             self.path.mkdir()
         except OSError as e:
@@ -114,17 +95,16 @@ class TraceInstance:
             write(self.path / "set_event_pid", " ".join(map(str, sorted(own_threads()))))
         self._pipe = os.open(self.path / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
 
-    def _remove(self) -> None:
+    def _give_back(self) -> None:
         if not self._made:
             return
-        with uninterrupted():
-            self._made = False
-            write(self.path / "tracing_on", "0")
-            write(self.path / "events/enable", "0")
-            if self._pipe >= 0:
-                os.close(self._pipe)
-                self._pipe = -1
-            self.path.rmdir()
+        self._made = False
+        write(self.path / "tracing_on", "0")
+        write(self.path / "events/enable", "0")
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+        self.path.rmdir()
 
     def enable(self, event: str) -> None:
         """Start recording ``group/name``."""

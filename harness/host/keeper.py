@@ -360,19 +360,27 @@ def attach(directory: Path, run: str, offset: int) -> None:
     then what the spool still has.
     """
     home = directory / "runs" / run
-    try:
-        os.chdir(home)
-        with socket.socket(socket.AF_UNIX) as link:
+    with socket.socket(socket.AF_UNIX) as link:
+        try:
+            os.chdir(home)
             link.connect(_SOCKET)
             link.sendall(json.dumps({"offset": offset}).encode() + b"\n")
+        except OSError:
+            _tell_of_the_end(home / _SPOOL, offset)
+            return
+        # A keeper that is killed now resets this; whoever comes back learns that it is gone.
+        with contextlib.suppress(ConnectionError):
             _relay(link)
-    except OSError:
-        gone = {"gone": True, "boot_id": kvm_parameters.boot_id()}
-        os.write(1, json.dumps(gone).encode() + b"\n")
-        with contextlib.suppress(OSError):
-            spool = (home / _SPOOL).read_bytes()[offset:]
-            # A line that was cut short is none.
-            _write_all(1, spool[: spool.rfind(b"\n") + 1])
+
+
+def _tell_of_the_end(spool: Path, offset: int) -> None:
+    """Say that the keeper is gone, and what it still had said."""
+    gone = {"gone": True, "boot_id": kvm_parameters.boot_id()}
+    os.write(1, json.dumps(gone).encode() + b"\n")
+    with contextlib.suppress(OSError):
+        said = spool.read_bytes()[offset:]
+        # A line that was cut short is none.
+        _write_all(1, said[: said.rfind(b"\n") + 1])
 
 
 def _relay(link: socket.socket) -> None:

@@ -199,7 +199,8 @@ def _status(channel: paramiko.Channel) -> int:
 
 
 def _unanswered(channel: paramiko.Channel) -> HostError:
-    if (status := _status(channel)) == -1:
+    if (status := _status(channel)) in (-1, 0):
+        # Nobody has said why: the connection broke, or the keeper was killed just now.
         return Unreachable("the connection broke")
     said = channel.recv_stderr(_PIECE).decode(errors="replace").strip().splitlines()
     return HostError(f"attach: {said[-1] if said else 'no word'} (status {status})")

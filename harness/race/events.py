@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from harness.errors import HarnessError, HostError
+from harness.probe.interruption import Borrowed
 from harness.probe.tracefs import TRACEFS, TraceInstance
 
 _EVENTS: Final = {"kvm_nested_vmenter": "nested_rip", "kvm_nested_vmrun": "nrip"}
 """The event by the names that kernels give it (since 6.1; before), and its field for L2's RIP."""
 
 
-class VmrunEvents:
+class VmrunEvents(Borrowed):
     """Records the events of this process's vCPUs; a context manager.
 
     Raises HostError: no tracefs, or no permission to use it.
@@ -22,24 +22,14 @@ class VmrunEvents:
         self._trace = TraceInstance("race")
         self._field = ""
 
-    def __enter__(self) -> Self:
+    def _borrow(self) -> None:
         self._trace.__enter__()
-        try:
-            name = self._event()
-            self._field = _EVENTS[name]
-            self._trace.enable(f"kvm/{name}")
-        except BaseException:
-            self._trace.__exit__(None, None, None)
-            raise
-        return self
+        name = self._event()
+        self._field = _EVENTS[name]
+        self._trace.enable(f"kvm/{name}")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._trace.__exit__(kind, error, trace)
+    def _give_back(self) -> None:
+        self._trace.__exit__(None, None, None)
 
     def take(self, count: int) -> list[int]:
         """Return L2's RIP of the events since the last call, in order.

@@ -69,7 +69,7 @@ def _allow_huge_pages() -> None:
 
     Kernels with less than 512 MiB turn them off (hugepage_init).
     """
-    with suppress(OSError):  # a kernel without any
+    with suppress(FileNotFoundError):  # a kernel without any
         _HUGE_PAGES.write_text("madvise")
 
 

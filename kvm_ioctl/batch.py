@@ -44,23 +44,28 @@ _IOCTLS: Final = bytes.fromhex(
     "c3"  # ret
 )
 
-# Pages from RCX to RDX, an array from RDI up to RSI saying which: two words for each span, its
-# first page and how many follow one another.
+# Pages from RCX up to RDX up, those whose bits are set in RSI bytes from RDI up, whole words.
 _COPIES: Final = bytes.fromhex(
     "4989f8"  # mov r8, rdi
-    "4989f1"  # mov r9, rsi
+    "4c8d0c37"  # lea r9, [rdi + rsi]
     "4989ca"  # mov r10, rcx
-    "4d39c8"  # next: cmp r8, r9
-    "7320"  # jae end
+    "4d39c8"  # word: cmp r8, r9
+    "733a"  # jae end
     "498b00"  # mov rax, [r8]
-    "48c1e00c"  # shl rax, 12
-    "488d3c02"  # lea rdi, [rdx + rax]
-    "498d3402"  # lea rsi, [r10 + rax]
-    "498b4808"  # mov rcx, [r8 + 8]
-    "48c1e109"  # shl rcx, 9
+    "4983c008"  # add r8, 8
+    "4c0fbcd8"  # bit: bsf r11, rax
+    "741d"  # jz skip
+    "488d48ff"  # lea rcx, [rax - 1]
+    "4821c8"  # and rax, rcx
+    "49c1e30c"  # shl r11, 12
+    "4a8d3c1a"  # lea rdi, [rdx + r11]
+    "4b8d341a"  # lea rsi, [r10 + r11]
+    "b900020000"  # mov ecx, 512
     "f348a5"  # rep movsq
-    "4983c010"  # add r8, 16
-    "ebdb"  # jmp next
+    "ebdd"  # jmp bit
+    "4881c200000400"  # skip: add rdx, 64 << 12
+    "4981c200000400"  # add r10, 64 << 12
+    "ebc1"  # jmp word
     "c3"  # end: ret
 )
 
@@ -75,7 +80,7 @@ class _Code:
     """The loops, as functions of what is in RDI, RSI, RDX, RCX."""
 
     ioctls: Callable[[int, int], int]
-    copies: Callable[[int, int, int, int], int]
+    copies: Callable[[bytes, int, int, int], int]
     memory: mmap.mmap
     """Where they are; kept for as long as they may be called."""
 
@@ -96,8 +101,9 @@ def _code() -> _Code | None:
     at = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     # They let go of the GIL, as a CDLL's functions do.
     u64 = ctypes.c_uint64
-    two, four = ctypes.CFUNCTYPE(u64, u64, u64), ctypes.CFUNCTYPE(u64, u64, u64, u64, u64)
-    return _Code(two(at), four(at + _COPIES_AT), memory)
+    ioctls = ctypes.CFUNCTYPE(u64, u64, u64)
+    copies = ctypes.CFUNCTYPE(u64, ctypes.c_char_p, u64, u64, u64)
+    return _Code(ioctls(at), copies(at + _COPIES_AT), memory)
 
 
 @dataclass(frozen=True)
@@ -169,22 +175,26 @@ class Batch:
         return len(self.calls)
 
 
-def copy_pages(spans: array[int], there: int, here: int) -> None:
+def copy_pages(bits: bytes, there: int, here: int) -> None:
     """Copy pages to the same places of another mapping.
 
     Nobody looks whether there is memory: the caller has to.
 
     Args:
-        spans: for each its first page and how many follow one another, 8 bytes each.
-        there: the address of the mapping to copy to.
-        here: that of the mapping to copy from.
+        bits: bit 0 of byte 0 says whether the first page is copied, and so on; whole words of 8.
+        there: the address of the first page to copy to.
+        here: that of the first page to copy from.
+
+    Raises ValueError: those are no whole words.
 
     """
-    at, count = spans.buffer_info()
+    if len(bits) % _WORD:
+        raise ValueError(f"{len(bits)} bytes of bits are no whole words")
     code = _code()
     if code is not None:
-        code.copies(at, at + count * _WORD, there, here)
+        code.copies(bits, len(bits), there, here)
         return
-    for first, pages in zip(spans[::2], spans[1::2], strict=True):
-        offset = first * mmap.PAGESIZE
-        ctypes.memmove(there + offset, here + offset, pages * mmap.PAGESIZE)
+    for page in range(8 * len(bits)):
+        if bits[page // 8] >> page % 8 & 1:
+            offset = page * mmap.PAGESIZE
+            ctypes.memmove(there + offset, here + offset, mmap.PAGESIZE)

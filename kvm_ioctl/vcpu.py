@@ -59,6 +59,7 @@ class Vcpu(VcpuRequests, VcpuFd):
         self.vm = vm
         self.id = vcpu_id
         self._dirty_ring: DirtyRing | None = None
+        self._coalesced_ring: CoalescedRing | None = None
         self._read_blocks, self._write_blocks = MsrBlocks(), MsrBlocks()
         self._run: kvm_run | None = None
         try:
@@ -78,7 +79,7 @@ class Vcpu(VcpuRequests, VcpuFd):
     def close(self) -> None:
         """Close the fd and unmap what was mapped from it; a second call does nothing."""
         if self._run is not None:
-            self._run = None
+            self._run = self._coalesced_ring = None
             unmap(self._mapping)
         if self._dirty_ring is not None:
             self._dirty_ring.close()
@@ -297,7 +298,10 @@ class Vcpu(VcpuRequests, VcpuFd):
     # What KVM reports in files and rings
 
     def stats(self) -> StatsFd:
-        """Open the binary statistics of this vCPU; closed with it."""
+        """Open the binary statistics of this vCPU; closed with it.
+
+        Waits until the vCPU is out of KVM_RUN (kvm_vcpu_ioctl takes its mutex); reading does not.
+        """
         return self._adopt(StatsFd(self.call(self.KVM_GET_STATS_FD)))
 
     def map_dirty_ring(self, size_bytes: int) -> DirtyRing:
@@ -309,5 +313,7 @@ class Vcpu(VcpuRequests, VcpuFd):
     def coalesced_ring(self) -> CoalescedRing:
         """Return the ring of coalesced writes, which is the whole VM's."""
         self.run  # noqa: B018 - raises ClosedError
-        page_offset = self.vm.check_extension(Cap.KVM_CAP_COALESCED_MMIO)
-        return CoalescedRing(self._mapping, page_offset)
+        if self._coalesced_ring is None:
+            page_offset = self.vm.check_extension(Cap.KVM_CAP_COALESCED_MMIO)
+            self._coalesced_ring = CoalescedRing(self._mapping, page_offset)
+        return self._coalesced_ring

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kvm_ioctl.accessors import action, getter, setter
@@ -166,6 +167,11 @@ class Vm(VmRequests, VmFd):
         self.enable_cap(cap, args=(size_bytes,))
 
     reset_dirty_rings = action(VmRequests.KVM_RESET_DIRTY_RINGS)
+
+    @cached_property
+    def has_coalesced_ring(self) -> bool:
+        """Whether the vCPUs map a ring of coalesced writes (KVM_CAP_COALESCED_MMIO)."""
+        return bool(self.check_extension(Cap.KVM_CAP_COALESCED_MMIO))
 
     def register_coalesced_pio(self, port: int, size: int) -> None:
         """Collect writes to ports in the coalesced ring instead of exiting for each."""

@@ -16,7 +16,6 @@ from harness.machine.guest_abi import STAGE_PORT, Stage
 from harness.machine.hang import VcpuTimeout, describe_hang
 from harness.machine.memory import GuestMemory
 from harness.machine.watchdog import WATCHDOG
-from kvm_ioctl.capabilities import Cap
 from kvm_ioctl.exits import DirtyRingFullExit, Exit, Interrupted, IoExit
 from kvm_ioctl.handles import Vcpu, Vm
 
@@ -139,7 +138,7 @@ class MachineVcpu:
             raise UnexpectedStop(self.index, "the guest to end the machine", event)
         return event
 
-    def finish_io(self, timeout_s: float = 10.0) -> None:
+    def finish_io(self) -> None:
         """Let KVM finish the last exit's instruction without running the guest any further.
 
         To be done before a vCPU's state is saved: until then RIP may still be at the access. May be
@@ -147,14 +146,15 @@ class MachineVcpu:
 
         Raises MachineError: the instruction does not end, or the guest ran.
         """
+        # Nobody watches it: with `immediate_exit` KVM_RUN enters no guest and waits for nothing
+        # (kvm_arch_vcpu_ioctl_run), and waking the watchdog takes longer than all of this.
+        run = self.vcpu.run
         for _ in range(_MOST_PIECES):
+            run.immediate_exit = 1
             try:
-                WATCHDOG.arm(self._watch, self.vcpu.run, timeout_s)
-                self.vcpu.run.immediate_exit = 1
                 exit_ = self.vcpu.enter()
             finally:
-                self.vcpu.run.immediate_exit = 0
-                WATCHDOG.disarm(self._watch)
+                run.immediate_exit = 0
             if isinstance(exit_, Interrupted):
                 self._take_coalesced()
                 return
@@ -167,7 +167,7 @@ class MachineVcpu:
 
     def _take_coalesced(self) -> None:
         """Hand the writes that KVM collected in the ring of coalesced ones to their devices."""
-        if not self._vm.check_extension(Cap.KVM_CAP_COALESCED_MMIO):
+        if not self._vm.has_coalesced_ring:
             return
         for write in self.vcpu.coalesced_ring().drain():
             if not write.pio:

@@ -12,7 +12,13 @@ from typing import Final
 from harness.machine.errors import MachineError
 from harness.machine.machine import Machine
 from harness.machine.memory import PAGE_SIZE, Slot, SlotPage
-from harness.migrate.memory_image import CHUNK_BYTES, PageBits, bits_of_pages, join_bits
+from harness.migrate.memory_image import (
+    CHUNK_BYTES,
+    PageBits,
+    bits_of_pages,
+    count_of_bits,
+    join_bits,
+)
 from harness.migrate.shape import backings_of
 from kvm_ioctl.capabilities import Cap
 from kvm_ioctl.handles import Vm
@@ -254,7 +260,7 @@ def bits_of(bitmap: bytes | bytearray) -> PageBits:
 
 def count(pages: DirtyPages) -> int:
     """Return how many pages there are."""
-    return sum(bits.bit_count() for chunks in pages.values() for bits in chunks.values())
+    return sum(map(count_of_bits, pages.values()))
 
 
 def join(pages: DirtyPages, more: DirtyPages) -> None:

@@ -37,7 +37,7 @@ import json
 import struct
 import zlib
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Final
 
 from harness.migrate.errors import Refused, StreamError
@@ -48,7 +48,7 @@ _LONGEST_BYTES: Final = 64 << 10
 _LONGEST_REASON: Final = 4000
 
 
-class Say(Enum):
+class Say(StrEnum):
     """What can be said."""
 
     WELCOME = "WELCOME"
@@ -59,7 +59,7 @@ class Say(Enum):
     RUNNING = "RUNNING"
 
 
-_KNOWN: Final = frozenset(say.value for say in Say)
+_KNOWN: Final = frozenset(Say)
 
 
 @dataclass(frozen=True)
@@ -72,24 +72,19 @@ class Message:
 
     def encode(self) -> bytes:
         """Return it as it travels."""
-        if not self.why:
-            return _WITHOUT_REASON[self.say]
-        return self._encoded()
-
-    def _encoded(self) -> bytes:
-        data = {"say": self.say.value} | ({"why": self.why[:_LONGEST_REASON]} if self.why else {})
+        data = {"say": self.say} | ({"why": self.why[:_LONGEST_REASON]} if self.why else {})
         body = json.dumps(data).encode()
         return _HEADER.pack(len(body), zlib.crc32(body)) + body
 
 
-_WITHOUT_REASON: Final = {say: Message(say)._encoded() for say in Say}
+SAID: Final = {say: Message(say).encode() for say in Say}
 """What is said while a machine stands still; made beforehand, and known again by its bytes."""
-_HEARD: Final = {data[_HEADER.size :]: Message(say) for say, data in _WITHOUT_REASON.items()}
+_HEARD: Final = {data[_HEADER.size :]: Message(say) for say, data in SAID.items()}
 
 
 def put(link: Link, say: Say, why: str = "") -> None:
     """Say something."""
-    link.write(Message(say, why).encode())
+    link.write(Message(say, why).encode() if why else SAID[say])
 
 
 def take(link: Link) -> Message:
@@ -116,7 +111,7 @@ def expect(link: Link, say: Say) -> None:
     if message.say is Say.REFUSED:
         raise Refused(f"the destination refused: {message.why}")
     if message.say is not say:
-        raise StreamError(f"{link.name} said {message.say.value} where {say.value} is due")
+        raise StreamError(f"{link.name} said {message.say} where {say} is due")
 
 
 def _decoded(link: Link, body: bytes) -> Message:
@@ -133,7 +128,7 @@ def _decoded(link: Link, body: bytes) -> Message:
 
 
 def _exactly(link: Link, size: int) -> bytes:
-    data = b""
+    data = link.read(size) if size else b""
     while len(data) < size:
         data += link.read(size - len(data))
     return data

@@ -13,7 +13,7 @@ import select
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from harness.migrate.errors import Cancelled, LinkLost
@@ -51,6 +51,11 @@ class Cancel:
         self.check()
 
 
+Doing = tuple[str, float, float | None, Cancel | None]
+"""What is going on; after how many seconds without a byte the link is lost; when it has to be done
+(monotonic seconds); and who can end it."""
+
+
 class Link(ABC):
     """One end. Reads and writes what there is; raises LinkLost where there is nothing any more."""
 
@@ -70,12 +75,8 @@ class Link(ABC):
         self._stack = contextlib.ExitStack()
         self._stack.callback(close)
         self._closed = False
-        self._what = "talking"
-        self._stall_s = _DEFAULT_STALL_S
-        self._until: float | None = None
-        self._cancel: Cancel | None = None
+        self.now: Doing = "talking", _DEFAULT_STALL_S, None, None
 
-    @contextlib.contextmanager
     def during(
         self,
         what: str,
@@ -83,23 +84,18 @@ class Link(ABC):
         stall_s: float = _DEFAULT_STALL_S,
         within_s: float | None = None,
         cancel: Cancel | None = None,
-    ) -> Iterator[None]:
-        """Say what is going on, and how long it may take.
+    ) -> During:
+        """Say what is going on, and how long it may take, for the time of a `with`.
 
         Args:
             what: a phrase for messages: "waiting for the destination's READY".
             stall_s: seconds in which at least one byte must move.
-            within_s: seconds for all of it, if given.
+            within_s: seconds for all of it from now on, if given.
             cancel: whose wish ends it.
 
         """
-        before = self._what, self._stall_s, self._until, self._cancel
-        self._what, self._stall_s, self._cancel = what, stall_s, cancel
-        self._until = None if within_s is None else time.monotonic() + within_s
-        try:
-            yield
-        finally:
-            self._what, self._stall_s, self._until, self._cancel = before
+        until = None if within_s is None else time.monotonic() + within_s
+        return During(self, (what, stall_s, until, cancel))
 
     @abstractmethod
     def read(self, size: int, /) -> bytes:
@@ -155,7 +151,7 @@ class Link(ABC):
 
     def lost(self, why: str) -> LinkLost:
         """Return the error for a link that is of no more use."""
-        return LinkLost(f"{self._what}: link to {self.name} lost: {why}")
+        return LinkLost(f"{self.now[0]}: link to {self.name} lost: {why}")
 
     def __enter__(self) -> Link:
         return self
@@ -167,8 +163,27 @@ class Link(ABC):
         """Make sure that there is something to talk over, and that nobody wants it ended."""
         if self._closed:
             raise self.lost("it is closed")
-        if self._cancel is not None:
-            self._cancel.check()
+        cancel = self.now[-1]
+        if cancel is not None:
+            cancel.check()
+
+
+class During:
+    """The time in which a link is used for one thing.
+
+    A class, and no generator: some of these times are within that of a machine standing still.
+    """
+
+    __slots__ = ("_before", "_link", "_now")
+
+    def __init__(self, link: Link, now: Doing) -> None:
+        self._link, self._now = link, now
+
+    def __enter__(self) -> None:
+        self._before, self._link.now = self._link.now, self._now
+
+    def __exit__(self, *_: object) -> None:
+        self._link.now = self._before
 
 
 class FdLink(Link):
@@ -276,15 +291,16 @@ class FdLink(Link):
             return count
 
     def _deadline(self) -> float:
-        stall = time.monotonic() + self._stall_s
-        return stall if self._until is None else self._until
+        _, stall_s, until, _ = self.now
+        return time.monotonic() + stall_s if until is None else until
 
     def _wait(self, fd: int, event: int, deadline: float) -> None:
         poll = select.poll()
         poll.register(fd, event)
+        cancel = self.now[-1]
         while True:
-            if self._cancel is not None:
-                self._cancel.check()
+            if cancel is not None:
+                cancel.check()
             left = deadline - time.monotonic()
             if left <= 0:
                 raise self.lost("nothing moved in time")

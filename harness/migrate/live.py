@@ -29,12 +29,12 @@ from harness.machine.machine import Machine
 from harness.machine.vcpu import MachineVcpu
 from harness.migrate.dirty import DirtyTracker, tracker_of
 from harness.migrate.errors import HandoverUnknown, LinkLost, Refused, StreamError
-from harness.migrate.handover import Message, Say, expect, put
-from harness.migrate.links import Cancel, Link
+from harness.migrate.handover import SAID, Say, expect, put
+from harness.migrate.links import Cancel, During, Link
 from harness.migrate.orders import DEFAULT
 from harness.migrate.precopy import Options, PacedSink, PreCopy, Round
-from harness.migrate.same_process import DestinationEnd, SourceEnd
-from harness.migrate.sections import HEAD, PAGE, PREP, VMST
+from harness.migrate.same_process import DestinationEnd
+from harness.migrate.sections import HEAD, PREP, VMST
 from harness.migrate.shape import wants_whole_events
 from harness.migrate.standstill import NO_COLLECTION, Laps
 from harness.migrate.state import MachineState, Snapshot, StateReader
@@ -133,7 +133,7 @@ class _Sending:
 
     def __init__(self, machine: Machine, link: Link, options: Options, cancel: Cancel) -> None:
         self.machine, self.link, self.options, self.cancel = machine, link, options, cancel
-        self.sink = PacedSink(link, options.bytes_per_s, cancel, self._hear_refusal)
+        self.sink = PacedSink(link, options.bytes_per_s, cancel, self.hear_refusal)
         self.places = _places(machine)
         self.committed = False
 
@@ -141,7 +141,7 @@ class _Sending:
         with contextlib.ExitStack() as paused:
             with self._talking("offering the machine", within_s=self.options.welcome_s):
                 writer = StreamWriter(
-                    self.sink, page_checksums=self.options.page_checksums, bring=self.sink.bring
+                    self.sink, page_checksums=self.options.page_checksums, bearer=self.sink.bearer
                 )
                 write_head(writer, self.machine)
                 expect(self.link, Say.WELCOME)
@@ -152,8 +152,6 @@ class _Sending:
                 reader, held_s = self._prepare(writer, copy)
                 with self._talking("sending memory", stall_s=self.options.stall_s):
                     copy.run_on()
-                    if isinstance(self.link, SourceEnd):
-                        self.link.catch_up()
                 if stop is not None:
                     stop()
                 with NO_COLLECTION:
@@ -214,7 +212,7 @@ class _Sending:
         laps: Laps,
     ) -> Snapshot:
         """Send all that the destination does not have, the machine being stopped."""
-        self.sink.bytes_per_s = None
+        self.sink.hurry()
         with (
             self._talking("sending the rest", stall_s=self.options.stall_s),
             writer.gathered(),
@@ -235,7 +233,7 @@ class _Sending:
 
     def _commit(self, paused: contextlib.ExitStack, laps: Laps) -> None:
         """Give the machine away; it is only resumed if the destination cannot have it."""
-        whole = self.link.sent_bytes + len(Message(Say.COMMIT).encode())
+        whole = self.link.sent_bytes + len(SAID[Say.COMMIT])
         self.committed = True
         try:
             with self.link.during("handing over", within_s=self.options.commit_s):
@@ -254,21 +252,11 @@ class _Sending:
                 f"the destination may run, or not: {_line(e)}; this side stays paused"
             ) from e
 
-    @contextlib.contextmanager
-    def _talking(self, what: str, **limits: float) -> Iterator[None]:
-        """Prefer what the destination said to the broken link that it left behind."""
-        try:
-            with self.link.during(what, cancel=self.cancel, **limits):
-                yield
-        except LinkLost:
-            with (
-                contextlib.suppress(LinkLost, StreamError),
-                self.link.during(what, within_s=_LAST_WORDS_S),
-            ):
-                self._hear_refusal()
-            raise
+    def _talking(self, what: str, **limits: float) -> _Talking:
+        return _Talking(self, self.link.during(what, cancel=self.cancel, **limits))
 
-    def _hear_refusal(self) -> None:
+    def hear_refusal(self) -> None:
+        """Raise what the destination says instead of taking more."""
         # READY is not due yet, so it is a refusal, or an error of its own.
         expect(self.link, Say.REFUSED)
 
@@ -283,6 +271,27 @@ class _Sending:
             unimportant = (KvmError,) if self.committed else ()
             with contextlib.suppress(*unimportant):
                 tracker.__exit__()
+
+
+class _Talking:
+    """Prefers what the destination said to the broken link that it left behind."""
+
+    __slots__ = ("_during", "_sending")
+
+    def __init__(self, sending: _Sending, during: During) -> None:
+        self._sending, self._during = sending, during
+
+    def __enter__(self) -> None:
+        self._during.__enter__()
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._during.__exit__()
+        if isinstance(error, LinkLost):
+            with (
+                contextlib.suppress(LinkLost, StreamError),
+                self._sending.link.during("listening to its last words", within_s=_LAST_WORDS_S),
+            ):
+                self._sending.hear_refusal()
 
 
 def _places(machine: Machine) -> list[tuple[int, ...]]:
@@ -402,11 +411,10 @@ def _load(
     cancel: Cancel | None,
     quiet: contextlib.ExitStack,
 ) -> Generator[None, None, Loaded]:
-    came = None
-    if isinstance(link, DestinationEnd):
-        link.place, came = loader.memory, link.came
+    if beside := isinstance(link, DestinationEnd):
+        link.taker = loader
     with link.during("receiving the machine", stall_s=limits.stall_s, cancel=cancel):
-        for section in StreamReader(link, loader.place, came).sections():
+        for section in StreamReader(link, loader.place, beside=beside).sections():
             loader.take(section)
             if section.tag == HEAD:
                 put(link, Say.WELCOME)
@@ -417,9 +425,6 @@ def _load(
             elif section.tag == PREP and loader.is_prepared:
                 loader.rehearse()
                 put(link, Say.PREPARED)
-                yield
-            elif came is not None and section.tag == PAGE and not link.has_input():
-                # The source goes on in this thread.
                 yield
         return loader.finish()
 

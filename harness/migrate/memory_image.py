@@ -7,12 +7,12 @@ import mmap
 import os
 import re
 import struct
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate, chain, compress
 from operator import sub
-from typing import Final, NamedTuple
+from typing import Final, Protocol
 
 from harness.machine.memory import PAGE_SIZE
 from kvm_ioctl.batch import copy_pages
@@ -47,16 +47,18 @@ Span = tuple[int, int]
 """Pages that follow one another: the number of the first one in the mapping, and how many."""
 
 
-class Batch(NamedTuple):
+@dataclass(slots=True)
+class Batch:
     """Spans of one mapping that travel together: in ascending order, at most `BATCH_PAGES`."""
 
     backing: int
     spans: tuple[Span, ...]
+    pages: int = field(init=False)
+    """How many pages there are."""
 
-    @property
-    def pages(self) -> int:
-        """How many pages there are."""
-        return sum([count for _, count in self.spans])
+    def __post_init__(self) -> None:
+        """Count them once: everybody asks."""
+        self.pages = sum([count for _, count in self.spans])
 
     @property
     def size_bytes(self) -> int:
@@ -186,6 +188,17 @@ def spans_of_bits(pages: PageBits) -> list[Span]:
     return found
 
 
+def end_of_bits(pages: PageBits) -> int:
+    """Return the number of the page after the last one; 0 if there are none."""
+    last = max(pages, default=0)
+    return last * CHUNK_PAGES + pages.get(last, 0).bit_length()
+
+
+def count_of_bits(pages: PageBits) -> int:
+    """Return how many pages there are."""
+    return sum([bits.bit_count() for bits in pages.values()])
+
+
 def _numbers(chunk: int, bits: int) -> list[int]:
     """Return the pages of one chunk; there may be thousands, so C does what is done for each."""
     flags = format(bits, "b").encode().translate(_FLAGS)[::-1]
@@ -235,13 +248,43 @@ class Memory:
         self.view: memoryview = _MEMORY_VIEW(self.address, len(mapping), _PYBUF_WRITE)
 
 
+class Bearer(Protocol):
+    """Brings pages of a mapping to the same places of the destination's, past the stream.
+
+    Both methods raise StreamError: it has no such memory.
+    """
+
+    def bring(self, batch: Batch, memory: Memory) -> None:
+        """Bring those of a batch."""
+
+    def bring_bits(self, backing: int, pages: PageBits, memory: Memory) -> None:
+        """Bring pages that nobody has made spans of, which takes long."""
+
+
 def copy_batch(there: Memory, here: Memory, batch: Batch) -> None:
     """Copy pages to the same places of another mapping.
 
     Raises ValueError: one of the mappings has no such pages.
     """
     first, count = batch.spans[-1]
-    end = (first + count) * PAGE_SIZE
-    if end > min(len(there.view), len(here.view)):
-        raise ValueError(f"the pages end at {end:#x}, and memory before that")
-    copy_pages(array("Q", batch.table()), there.address, here.address)
+    _expect_both(there, here, first + count)
+    for first, count in batch.spans:
+        at = first * PAGE_SIZE
+        ctypes.memmove(there.address + at, here.address + at, count * PAGE_SIZE)
+
+
+def copy_bits(there: Memory, here: Memory, pages: PageBits) -> None:
+    """Do the same with pages that are no spans.
+
+    Raises ValueError: one of the mappings has no such pages.
+    """
+    _expect_both(there, here, end_of_bits(pages))
+    for chunk, bits in pages.items():
+        at = chunk * CHUNK_PAGES * PAGE_SIZE
+        copy_pages(bits.to_bytes(CHUNK_BYTES, "little"), there.address + at, here.address + at)
+
+
+def _expect_both(there: Memory, here: Memory, end: int) -> None:
+    least = min(len(there.view), len(here.view))
+    if end * PAGE_SIZE > least:
+        raise ValueError(f"the pages end at {end * PAGE_SIZE:#x}, and memory before that")

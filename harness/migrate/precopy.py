@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from harness.machine.machine import Machine
+from harness.machine.memory import PAGE_SIZE
 from harness.migrate.dirty import DirtyPages, DirtyTracker, Tracking, count, join
 from harness.migrate.links import Cancel, Link
-from harness.migrate.memory_image import Batch, Memory
+from harness.migrate.memory_image import Batch, Bearer, Memory, PageBits, count_of_bits
 from harness.migrate.same_process import SourceEnd
 from harness.migrate.shape import backings_of
-from harness.migrate.stream import Bring, StreamWriter
+from harness.migrate.stream import StreamWriter
 from harness.migrate.transfer import write_memory, write_pages
 
 _PACE_BYTES: Final = 64 << 10
@@ -71,6 +72,7 @@ class PacedSink:
         on_input: Callable[[], None],
     ) -> None:
         self.bytes_per_s = bytes_per_s
+        self._hurries = False
         self._link = link
         self._cancel = cancel
         self._on_input = on_input
@@ -80,9 +82,13 @@ class PacedSink:
         """Take all of the bytes."""
         self.write_all([data])
 
+    def hurry(self) -> None:
+        """Only write from now on: somebody is going to listen soon."""
+        self.bytes_per_s, self._hurries = None, True
+
     def write_all(self, pieces: Sequence[bytes | bytearray | memoryview], /) -> None:
         """Take all of the bytes of all pieces."""
-        if self._link.has_input():
+        if not self._hurries and self._link.has_input():
             self._on_input()
         if self.bytes_per_s is None:
             self._link.write_all(pieces)
@@ -91,26 +97,37 @@ class PacedSink:
         for at in range(0, len(whole), _PACE_BYTES):
             piece = whole[at : at + _PACE_BYTES]
             self._link.write(piece)
-            self._pace(len(piece) / self.bytes_per_s)
+            self.pace(len(piece))
 
     @property
-    def bring(self) -> Bring | None:
+    def bearer(self) -> Bearer | None:
         """What takes pages to a destination in this process, no faster than allowed."""
-        link = self._link
-        if not isinstance(link, SourceEnd):
-            return None
+        return _PacedBearer(self, self._link) if isinstance(self._link, SourceEnd) else None
 
-        def bring(batch: Batch, memory: Memory) -> None:
-            link.bring(batch, memory)
-            if self.bytes_per_s is not None:
-                self._pace(batch.size_bytes / self.bytes_per_s)
-
-        return bring
-
-    def _pace(self, seconds: float) -> None:
+    def pace(self, size_bytes: int) -> None:
+        """Wait for as long as so many bytes take at least."""
+        if self.bytes_per_s is None:
+            return
         now = time.monotonic()
-        self._free_at = max(self._free_at, now) + seconds
+        self._free_at = max(self._free_at, now) + size_bytes / self.bytes_per_s
         self._cancel.sleep(self._free_at - now)
+
+
+class _PacedBearer:
+    """Brings pages over a link within this process."""
+
+    def __init__(self, sink: PacedSink, link: SourceEnd[Any]) -> None:
+        self._sink, self._link = sink, link
+
+    def bring(self, batch: Batch, memory: Memory) -> None:
+        """Bring those of spans."""
+        self._link.bring(batch, memory)
+        self._sink.pace(batch.size_bytes)
+
+    def bring_bits(self, backing: int, pages: PageBits, memory: Memory) -> None:
+        """Bring those of bits."""
+        self._link.bring_bits(backing, pages, memory)
+        self._sink.pace(count_of_bits(pages) * PAGE_SIZE)
 
 
 class PreCopy:

@@ -1,8 +1,9 @@
 """A link between two ends in one process: pages are copied from mapping to mapping, in one thread.
 
-The stream and the messages are those of every other link, but for the pages, which go past the
-stream (`PAGES_BESIDE`), and for who waits: there is no second thread. Whenever the source's end has
-to wait for a message, the destination does what it has to do until it needs more from the source::
+The stream and the messages are those of every other link, but for the pages, which are brought
+past the stream (`PAGES_BESIDE`), and for who waits: there is no second thread. Whenever the
+source's end has to wait for a message, the destination does what it has to do until it needs more
+from the source::
 
     source, destination = ends()
     source.work = receiving(kvm, destination)
@@ -13,12 +14,13 @@ to wait for a message, the destination does what it has to do until it needs mor
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Generic, TypeVar
 
 from harness.errors import HarnessError
+from harness.machine.memory import PAGE_SIZE
 from harness.migrate.links import Link
-from harness.migrate.memory_image import Batch, Memory, copy_batch
+from harness.migrate.memory_image import Batch, Bearer, Memory, PageBits, count_of_bits
 
 T = TypeVar("T")
 
@@ -26,21 +28,23 @@ T = TypeVar("T")
 class End(Link):
     """What both ends have: bytes that came, in memory."""
 
-    def __init__(self, name: str, inbox: deque[memoryview], outbox: deque[memoryview]) -> None:
+    def __init__(self, name: str, inbox: deque[bytes], outbox: deque[bytes]) -> None:
         super().__init__(name)
         self._inbox, self._outbox = inbox, outbox
+        self._ahead, self._at = b"", 0
+        """What was taken from the inbox, and how much of it was read."""
 
     def read(self, size: int, /) -> bytes:
         """Return up to so many bytes, at least one; see `Link.read`."""
         self._check()
-        if not self._inbox:
-            self._await_input()
-        data = self._inbox.popleft()
-        if len(data) > size:
-            self._inbox.appendleft(data[size:])
-            data = data[:size]
+        if self._at == len(self._ahead):
+            if not self._inbox:
+                self._await_input()
+            self._ahead, self._at = self._inbox.popleft(), 0
+        data = self._ahead[self._at : self._at + size]
+        self._at += len(data)
         self.received_bytes += len(data)
-        return bytes(data)
+        return data
 
     def fill(self, buffers: Sequence[memoryview], /) -> None:
         """Fill all of the buffers; see `Link.fill`."""
@@ -56,12 +60,12 @@ class End(Link):
         self._check()
         data = b"".join(pieces)
         if data:
-            self._outbox.append(memoryview(data))
+            self._outbox.append(data)
             self.sent_bytes += len(data)
 
     def has_input(self, within_s: float = 0.0) -> bool:
         """Tell whether there is something to read now; it never waits."""
-        return bool(self._inbox)
+        return self._at < len(self._ahead) or bool(self._inbox)
 
     def _await_input(self) -> None:
         raise self.lost("nothing can come any more")
@@ -70,37 +74,25 @@ class End(Link):
 class DestinationEnd(End):
     """The destination's end."""
 
-    def __init__(self, inbox: deque[memoryview], outbox: deque[memoryview]) -> None:
+    def __init__(self, inbox: deque[bytes], outbox: deque[bytes]) -> None:
         super().__init__("the source", inbox, outbox)
-        self.place: Callable[[str, Batch], Memory] | None = None
-        """Returns the mapping that pages go to; to be set before WELCOME is said.
+        self.taker: Bearer | None = None
+        """What takes pages; to be set before WELCOME is said."""
 
-        Its first argument is what messages begin with; it raises StreamError if there is no place.
-        """
-        self._brought: deque[Batch] = deque()
+    def taking(self) -> Bearer:
+        """Return what takes pages.
 
-    def came(self, batch: Batch) -> bool:
-        """Tell whether the next pages that were brought are these, and forget them."""
-        return bool(self._brought) and self._brought.popleft() == batch
-
-    def take(self, batch: Batch, memory: Memory) -> None:
-        """Put pages of a mapping where they go.
-
-        Raises StreamError: they are outside memory.
         Raises LinkLost: the destination does not listen any more.
         """
-        if self._closed or self.place is None:
+        if self._closed or self.taker is None:
             raise self.lost("there is no place for pages")
-        copy_batch(self.place("pages past the stream", batch), memory, batch)
-        self._brought.append(batch)
+        return self.taker
 
 
 class SourceEnd(End, Generic[T]):
     """The source's end, which has the destination work."""
 
-    def __init__(
-        self, destination: DestinationEnd, inbox: deque[memoryview], outbox: deque[memoryview]
-    ):
+    def __init__(self, destination: DestinationEnd, inbox: deque[bytes], outbox: deque[bytes]):
         super().__init__("the destination", inbox, outbox)
         self._destination = destination
         self.work: Generator[None, None, T] | None = None
@@ -126,13 +118,17 @@ class SourceEnd(End, Generic[T]):
         Raises Cancelled: somebody wished so.
         """
         self._check()
-        self._destination.take(batch, memory)
+        self._destination.taking().bring(batch, memory)
         self.sent_bytes += batch.size_bytes
 
-    def catch_up(self) -> None:
-        """Have the destination take the sections that are there; the last one must be whole."""
-        while self._outbox and self.work is not None:
-            self._work(self.work)
+    def bring_bits(self, backing: int, pages: PageBits, memory: Memory) -> None:
+        """Do the same with pages that are no spans.
+
+        Raises as `bring` does.
+        """
+        self._check()
+        self._destination.taking().bring_bits(backing, pages, memory)
+        self.sent_bytes += count_of_bits(pages) * PAGE_SIZE
 
     def close(self) -> None:
         """Close both ends: what the destination has not taken, it throws away."""
@@ -158,6 +154,6 @@ class SourceEnd(End, Generic[T]):
 
 def ends() -> tuple[SourceEnd[T], DestinationEnd]:
     """Return the two ends of a link."""
-    there, back = deque[memoryview](), deque[memoryview]()
+    there, back = deque[bytes](), deque[bytes]()
     destination = DestinationEnd(there, back)
     return SourceEnd(destination, back, there), destination

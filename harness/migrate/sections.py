@@ -242,9 +242,7 @@ def spans_bytes(where: str, header: bytes) -> int:
     return int(count * SPAN.size)
 
 
-def unpack_spans(
-    where: str, header: bytes, table: bytes, size: int, *, beside: bool = False
-) -> Batch:
+def unpack_spans(where: str, header: bytes, table: bytes, size: int) -> Batch:
     """Return which pages a PAGE has.
 
     Args:
@@ -252,7 +250,6 @@ def unpack_spans(
         header: the first bytes of the body.
         table: the spans, all of them.
         size: bytes of the body after that.
-        beside: the pages are not in the body.
 
     Raises StreamError: they are not in order, or not so many.
 
@@ -264,9 +261,7 @@ def unpack_spans(
     if not sound or not all(map(le, ends, firsts[1:])):
         _refuse_spans(where, firsts, counts)
     spans, pages = tuple(zip(firsts, counts, strict=True)), sum(counts)
-    if beside and size:
-        raise StreamError(f"{where}: {size} bytes of pages that come past the stream")
-    if pages > BATCH_PAGES or (size != pages * PAGE_SIZE and not beside):
+    if pages > BATCH_PAGES or size != pages * PAGE_SIZE:
         raise StreamError(f"{where}: {size} bytes are not {pages} whole pages")
     return Batch(PAGE_HEADER.unpack_from(header)[0], spans)
 
@@ -306,8 +301,13 @@ def expect_inside(where: str, batch: Batch, backings: tuple[int, ...]) -> None:
     Raises StreamError: they are not.
     """
     first, count = batch.spans[-1]
-    if batch.backing >= len(backings) or (first + count) * PAGE_SIZE > backings[batch.backing]:
+    if not are_inside(batch.backing, first + count, backings):
         raise StreamError(
             f"{where}: pages {first}..{first + count - 1} of mapping {batch.backing} "
             "are outside memory"
         )
+
+
+def are_inside(backing: int, end: int, backings: tuple[int, ...]) -> bool:
+    """Tell whether a machine has a mapping with all pages before one."""
+    return backing < len(backings) and end * PAGE_SIZE <= backings[backing]

@@ -253,6 +253,15 @@ class StateWriter:
             self._steps = [step.without_irqchip() for step in self._steps]
         self._ready = [step for step in self._steps if step.writing.call is not None]
         self._batch = Batch([step.writing.call for step in self._ready if step.writing.call])
+        # What `_load` goes through, without a look at anything that is always the same. Of the
+        # parts of all vCPUs and then the VM's, these are the last.
+        self._loads = [(step.owner, step.name, step.writing.load) for step in self._ready]
+        self._callless = [(step.owner, step) for step in self._steps if step.writing.call is None]
+        self._leasts = [
+            (number, step.owner, step.name, step.writing.least)
+            for number, step in enumerate(self._ready)
+            if step.writing.least is not None
+        ]
 
     def begin(self, number: int, parts: Parts) -> None:
         """Put those of `EARLY` into a vCPU; `write` leaves out what is still the same.
@@ -294,19 +303,18 @@ class StateWriter:
 
     def _load(self, state: MachineState) -> bool:
         """Fill the payloads of all calls; False: they are not what is to be done."""
-        number = 0
-        for step in self._steps:
-            data, writing = step.of(state), step.writing
-            if writing.call is None:
-                # What no call does must not be there, or be there already.
-                if data is not None and not self._is_there(step, data):
-                    return False
-                continue
-            if data is None or not writing.load(data):
+        all_parts = (*state.vcpus, state.vm)
+        for index, name, load in self._loads:
+            data = all_parts[index].get(name)
+            if data is None or not load(data):
                 return False
-            if writing.least is not None:
-                self._batch.expect(number, writing.least(data))
-            number += 1
+        for index, step in self._callless:
+            data = all_parts[index].get(step.name)
+            # What no call does must not be there, or be there already.
+            if data is not None and not self._is_there(step, data):
+                return False
+        for number, index, name, least in self._leasts:
+            self._batch.expect(number, least(all_parts[index][name]))
         return True
 
     def _write_at_once(self, state: MachineState) -> None:
@@ -332,6 +340,11 @@ class _Step(NamedTuple):
     def name(self) -> str:
         """The part's name."""
         return self.part.name
+
+    @property
+    def owner(self) -> int:
+        """Whose part it is: the vCPU's number, or -1 for the VM."""
+        return -1 if self.vcpu is None else self.vcpu
 
     def without_irqchip(self) -> _Step:
         """Return the same for a machine without irqchip: some parts are not there."""

@@ -27,8 +27,8 @@ The flags are of live migration; files have none of them:
 * `PAGES_UNCHECKED` (1): the CRC-32 of a PAGE's body ends before its pages. A link that carries
   bytes (TCP, UNIX sockets, pipes, SSH) has checks of its own or needs none, and at both ends this
   checksum takes as long as the copy.
-* `PAGES_BESIDE` (2): the pages are not in the stream, they are where they belong before their PAGE
-  is read. That is for two ends in one process, and needs a reader that can tell that they came.
+* `PAGES_BESIDE` (2): there is no PAGE, the pages are brought past the stream to where they belong.
+  That is for two ends in one process, and needs a reader that knows of it.
 
 Spans are in ascending order and do not overlap; a PAGE has 1 to `BATCH_PAGES` pages.
 
@@ -46,15 +46,23 @@ future, with another version, tag, part or key, is refused: nothing of it may be
 
 from __future__ import annotations
 
-import contextlib
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from enum import Enum, auto
+from enum import IntEnum, auto
 from typing import Any, Final, Protocol, runtime_checkable
 
+from harness.machine.memory import PAGE_SIZE
 from harness.migrate.errors import StreamError
-from harness.migrate.memory_image import Batch, Memory
+from harness.migrate.memory_image import (
+    Batch,
+    Bearer,
+    Memory,
+    PageBits,
+    count_of_bits,
+    spans_of_bits,
+    together,
+)
 from harness.migrate.parts import Data
 from harness.migrate.sections import (
     COUNT,
@@ -85,6 +93,7 @@ PAGES_BESIDE: Final = 2
 
 _START: Final = struct.Struct("<8sHH4s")
 _HEADER: Final = struct.Struct("<4sIQI")
+_WHOLE_HEADER: Final = struct.Struct("<4sIQII")
 _CRC: Final = struct.Struct("<I")
 
 _READ_BYTES: Final = 1 << 20
@@ -140,12 +149,6 @@ Place = Callable[[str, Batch], list[memoryview]]
 Its first argument is what messages begin with.
 """
 
-Bring = Callable[[Batch, Memory], None]
-"""Brings pages of a mapping to the other end, past the stream."""
-
-Came = Callable[[Batch], bool]
-"""Tells whether the next pages that were brought are these."""
-
 
 class StreamWriter:
     """Writes one stream.
@@ -154,46 +157,38 @@ class StreamWriter:
     """
 
     def __init__(
-        self, sink: Sink, *, page_checksums: bool = True, bring: Bring | None = None
+        self, sink: Sink, *, page_checksums: bool = True, bearer: Bearer | None = None
     ) -> None:
         """Write the start.
 
         Args:
             sink: where to.
             page_checksums: have checksums of pages, too.
-            bring: what takes pages past the stream, which then has none.
+            bearer: what brings pages past the stream, which then has none.
 
         """
         self._sink = sink
         self._gathering = sink if isinstance(sink, GatheringSink) else None
-        self._page_checksums = page_checksums and bring is None
-        self._bring = bring
+        self._page_checksums = page_checksums and bearer is None
+        self._bearer = bearer
         self.sections = 0
         self.written_bytes = 0
         """With those of pages that went past the stream."""
-        self._gathers = False
+        self.gathers = False
+        """Whether a `gathered` is going on."""
         self._pieces: list[Piece] = []
         self._pieces_bytes = 0
         flags = 0 if self._page_checksums else PAGES_UNCHECKED
-        flags |= 0 if bring is None else PAGES_BESIDE
+        flags |= 0 if bearer is None else PAGES_BESIDE
         self._put(_START.pack(MAGIC, VERSION, flags, bytes(4)))
 
-    @contextlib.contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Put many sections into one write of the sink; at the end of the `with` all are written.
+    def gathered(self) -> _Gathered:
+        """Put many sections into one write of the sink, for the time of a `with`.
 
-        What they are made of must stay as it is until then. One inside another does nothing.
+        At its end all are written, and what they are made of must stay as it is until then. One
+        inside another does nothing.
         """
-        if self._gathers:
-            yield
-            return
-        self._gathers = True
-        try:
-            yield
-            self._flush()
-        finally:
-            self._gathers = False
-            self._pieces, self._pieces_bytes = [], 0
+        return _Gathered(self)
 
     def head(self, data: Mapping[str, Any]) -> None:
         """Write the header."""
@@ -216,13 +211,22 @@ class StreamWriter:
 
     def pages_of(self, batch: Batch, memory: Memory) -> int:
         """Write pages of a mapping, as `pages` does, or have them brought; return how many."""
-        if self._bring is None:
+        if self._bearer is None:
             self.pages(batch, batch.views(memory.view))
         else:
-            self._bring(batch, memory)
+            self._bearer.bring(batch, memory)
             self.written_bytes += batch.size_bytes
-            self._section(PAGE, pack_spans(batch))
         return batch.pages
+
+    def pages_of_bits(self, backing: int, pages: PageBits, memory: Memory) -> int:
+        """Do the same with any pages of a mapping."""
+        if self._bearer is None:
+            found = together(backing, spans_of_bits(pages))
+            return sum([self.pages_of(batch, memory) for batch in found])
+        self._bearer.bring_bits(backing, pages, memory)
+        count = count_of_bits(pages)
+        self.written_bytes += count * PAGE_SIZE
+        return count
 
     def vm(self, parts: Mapping[str, Data] | bytes) -> None:
         """Write the VM's state; bytes are parts that are packed already."""
@@ -258,11 +262,17 @@ class StreamWriter:
         size = sum(map(len, pieces))
         self._pieces_bytes += size
         self.written_bytes += size
-        if not self._gathers or self._pieces_bytes >= _GATHER_BYTES:
-            self._flush()
+        if not self.gathers or self._pieces_bytes >= _GATHER_BYTES:
+            self.flush()
 
-    def _flush(self) -> None:
+    def forget(self) -> list[Piece]:
+        """Return what was gathered and not written yet, and write none of it."""
         pieces, self._pieces, self._pieces_bytes = self._pieces, [], 0
+        return pieces
+
+    def flush(self) -> None:
+        """Write all that was gathered."""
+        pieces = self.forget()
         if self._gathering is not None:
             self._gathering.write_all(pieces)
             return
@@ -282,26 +292,45 @@ class StreamWriter:
             self._sink.write(b"".join(small))
 
 
+class _Gathered:
+    """The time of `StreamWriter.gathered`; a class for the same reason as `links.During`."""
+
+    __slots__ = ("_inner", "_writer")
+
+    def __init__(self, writer: StreamWriter) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> None:
+        self._inner = self._writer.gathers
+        self._writer.gathers = True
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if self._inner:
+            return
+        self._writer.gathers = False
+        if error is None:
+            self._writer.flush()
+        else:
+            self._writer.forget()
+
+
 class StreamReader:
     """Reads one stream and believes nothing: tags, order, lengths and checksums are checked."""
 
-    def __init__(
-        self, source: Source, place: Place | None = None, came: Came | None = None
-    ) -> None:
+    def __init__(self, source: Source, place: Place | None = None, *, beside: bool = False) -> None:
         """Read the start.
 
         Args:
             source: where from.
             place: where pages go; by default into the bodies of their sections. They go there
                 before their checksum is known: nothing may come of it unless all was taken.
-            came: knows of pages that come past the stream; by default none can.
+            beside: pages may come past the stream.
 
         Raises StreamError: it is no stream, or of another version.
 
         """
         self._source = source
         self._place = place
-        self._came = came
         # Asked once: it takes long.
         self._filling = source if isinstance(source, FillingSource) else None
         self._scattering = source if isinstance(source, ScatteringSource) else None
@@ -318,7 +347,7 @@ class StreamReader:
             raise StreamError(f"the start: {zero.hex(' ')} where zeroes must be")
         self._page_checksums = not flags & PAGES_UNCHECKED
         self._beside = bool(flags & PAGES_BESIDE)
-        if self._beside and came is None:
+        if self._beside and not beside:
             raise StreamError("the start: pages come past the stream, and here is no way for them")
 
     def sections(self) -> Iterator[Section]:
@@ -348,9 +377,9 @@ class StreamReader:
     def _section(self) -> Section:
         start = self.offset
         what = f"section {self._number}"
-        raw = self._take(_HEADER.size + _CRC.size, f"{what}'s header")
-        tag, number, size, crc = _HEADER.unpack_from(raw)
-        if zlib.crc32(raw[: _HEADER.size]) != _CRC.unpack_from(raw, _HEADER.size)[0]:
+        raw = self._take(_WHOLE_HEADER.size, f"{what}'s header")
+        tag, number, size, crc, header_crc = _WHOLE_HEADER.unpack(raw)
+        if zlib.crc32(raw[: _HEADER.size]) != header_crc:
             raise StreamError(f"{what}: checksum of the header at offset {start:#x} is wrong")
         if tag not in LONGEST:
             raise StreamError(f"{what}: unknown tag {tag!r} at offset {start:#x}")
@@ -373,6 +402,8 @@ class StreamReader:
 
     def _pages(self, where: str, size: int) -> tuple[bytes, int, Batch | None]:
         """Read the body of a PAGE, the pages to where they go; return what is left of it."""
+        if self._beside:
+            raise StreamError(f"{where}: not allowed where pages come past the stream")
         header = self._take(min(size, PAGE_HEADER.size), where)
         table_bytes = spans_bytes(where, header)
         rest = size - len(header) - table_bytes
@@ -380,12 +411,7 @@ class StreamReader:
             raise StreamError(f"{where}: the table of its pages is cut off")
         table = self._take(table_bytes, where)
         crc = zlib.crc32(table, zlib.crc32(header))
-        batch = unpack_spans(where, header, table, rest, beside=self._beside)
-        if self._beside:
-            assert self._came is not None
-            if not self._came(batch):
-                raise StreamError(f"{where}: its pages did not come")
-            return header + table, crc, batch
+        batch = unpack_spans(where, header, table, rest)
         if self._place is None:
             pages = self._take(rest, where)
             crc = zlib.crc32(pages, crc) if self._page_checksums else crc
@@ -419,20 +445,28 @@ class StreamReader:
         return len(data)
 
     def _take(self, size: int, what: str) -> bytes:
-        parts = []
-        missing = size
+        if not size:
+            return b""
+        data = self._source.read(size if size < _READ_BYTES else _READ_BYTES)
+        if len(data) < size:
+            data = self._take_on(data, size, what)
+        self.offset += size
+        return data
+
+    def _take_on(self, data: bytes, size: int, what: str) -> bytes:
+        """Read what is missing after some bytes, if it was more than none; return all."""
+        parts, missing = [data], size - len(data)
         while missing:
-            data = self._source.read(min(missing, _READ_BYTES))
             if not data:
                 have = size - missing
                 raise StreamError(f"{what}: cut off after {have} of {size} bytes")
+            data = self._source.read(min(missing, _READ_BYTES))
             parts.append(data)
             missing -= len(data)
-        self.offset += size
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return b"".join(parts)
 
 
-class _Phase(Enum):
+class _Phase(IntEnum):
     """How far a stream has come."""
 
     START = auto()

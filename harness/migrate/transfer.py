@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Final
@@ -19,10 +19,12 @@ from harness.migrate.memory_image import (
     PageBits,
     Span,
     batches,
+    copy_batch,
+    copy_bits,
+    count_of_bits,
+    end_of_bits,
     filled_spans,
     populated_spans,
-    spans_of_bits,
-    together,
 )
 from harness.migrate.notes import Note
 from harness.migrate.orders import DEFAULT
@@ -32,6 +34,7 @@ from harness.migrate.sections import (
     PAGE,
     PREP,
     Section,
+    are_inside,
     expect_inside,
     unpack_pages,
 )
@@ -62,7 +65,9 @@ def write_memory(writer: StreamWriter, machine: Machine) -> int:
 def _write_filled(writer: StreamWriter, number: int, backing: mmap.mmap) -> int:
     memory = Memory(backing)
     spans = (filled_spans(memory.view, span) for span in populated_spans(backing))
-    return _write(writer, memory, batches(number, chain.from_iterable(spans)))
+    with writer.gathered():
+        found = batches(number, chain.from_iterable(spans))
+        return sum(writer.pages_of(batch, memory) for batch in found)
 
 
 def write_pages(writer: StreamWriter, number: int, memory: Memory, pages: PageBits) -> int:
@@ -70,12 +75,8 @@ def write_pages(writer: StreamWriter, number: int, memory: Memory, pages: PageBi
 
     They may be written to meanwhile, see `StreamWriter.pages`.
     """
-    return _write(writer, memory, together(number, spans_of_bits(pages)))
-
-
-def _write(writer: StreamWriter, memory: Memory, found: Iterable[Batch]) -> int:
     with writer.gathered():
-        return sum(writer.pages_of(batch, memory) for batch in found)
+        return writer.pages_of_bits(number, pages, memory)
 
 
 def write_state(writer: StreamWriter, state: MachineState | Snapshot) -> None:
@@ -231,13 +232,24 @@ class Loader:
 
         Raises StreamError: there is no machine yet, or it has no such pages.
         """
-        return batch.views(self.memory(where, batch).view)
+        return batch.views(self._memory(where, batch).view)
 
-    def memory(self, where: str, batch: Batch) -> Memory:
-        """Return the mapping that pages go to.
+    def bring(self, batch: Batch, memory: Memory) -> None:
+        """Take pages of a mapping of this process; see `Bearer`."""
+        copy_batch(self._memory("pages past the stream", batch), memory, batch)
+        self.pages += batch.pages
 
-        Raises StreamError: there is no machine yet, or it has no such pages.
-        """
+    def bring_bits(self, backing: int, pages: PageBits, memory: Memory) -> None:
+        """Do the same with any pages; see `Bearer`."""
+        end, backings = end_of_bits(pages), self._built().shape.backings
+        if not are_inside(backing, end, backings):
+            raise StreamError(
+                f"pages past the stream: those up to {end} of mapping {backing} are outside memory"
+            )
+        copy_bits(self._memories[backing], memory, pages)
+        self.pages += count_of_bits(pages)
+
+    def _memory(self, where: str, batch: Batch) -> Memory:
         machine = self._built()
         expect_inside(where, batch, machine.shape.backings)
         if self._populates:

@@ -3,9 +3,10 @@
 import ctypes
 import errno
 import mmap
-from array import array
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kvm_ioctl import batch
 from kvm_ioctl.asm_kvm import kvm_regs, kvm_sregs
@@ -32,13 +33,33 @@ def address(memory):
 def test_pages_are_copied_and_no_others(how):
     here = bytearray(b"".join(bytes([number]) * PAGE for number in range(8)))
     there = bytearray(b"\xff" * (8 * PAGE))
-    copy_pages(array("Q", [1, 2, 5, 1]), address(there), address(here))
+    copy_pages(bytes([0b100110, 0, 0, 0, 0, 0, 0, 0]), address(there), address(here))
     assert [there[page * PAGE] for page in range(8)] == [255, 1, 2, 255, 255, 5, 255, 255]
     assert [there[page * PAGE - 1] for page in range(1, 9)] == [255, 1, 2, 255, 255, 5, 255, 255]
 
 
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(pages=st.sets(st.integers(0, 191)))
+def test_any_pages_of_many_words_are_copied(how, pages):
+    here = bytearray(b"".join(bytes([number]) * PAGE for number in range(192)))
+    there = bytearray(b"\xff" * (192 * PAGE))
+    bits = sum(1 << page for page in pages).to_bytes(24, "little")
+    copy_pages(bits, address(there), address(here))
+    wanted = [page if page in pages else 255 for page in range(192)]
+    assert [there[page * PAGE] for page in range(192)] == wanted
+    assert [there[(page + 1) * PAGE - 1] for page in range(192)] == wanted
+
+
 def test_no_pages_are_no_pages(how):
-    copy_pages(array("Q"), 0, 0)
+    copy_pages(b"", 0, 0)
+    copy_pages(bytes(16), 0, 0)
+
+
+def test_bits_are_whole_words(how):
+    with pytest.raises(ValueError, match="9 bytes of bits are no whole words"):
+        copy_pages(bytes(9), 0, 0)
 
 
 @pytest.fixture

@@ -15,6 +15,9 @@ from harness.migrate.memory_image import (
     batches,
     bits_of_pages,
     copy_batch,
+    copy_bits,
+    count_of_bits,
+    end_of_bits,
     filled_spans,
     not_zero,
     populated,
@@ -136,3 +139,21 @@ def test_a_batch_is_copied_to_its_places():
     assert [there.view[page * PAGE_SIZE] for page in range(4)] == [1, 0, 1, 1]
     with pytest.raises(ValueError, match="the pages end at 0x5000, and memory before that"):
         copy_batch(there, here, Batch(0, ((0, 1), (4, 1))))
+
+
+def test_bits_are_copied_to_their_places():
+    pages = 2 * CHUNK_PAGES
+    here, there = (Memory(mmap.mmap(-1, pages * PAGE_SIZE)) for _ in range(2))
+    wanted = [0, 3, CHUNK_PAGES - 1, CHUNK_PAGES, pages - 1]
+    for page in (*wanted, 1, CHUNK_PAGES + 1):
+        here.view[page * PAGE_SIZE] = 7
+    copy_bits(there, here, bits_of_pages(wanted))
+    assert [page for page in range(pages) if there.view[page * PAGE_SIZE]] == wanted
+    with pytest.raises(ValueError, match="the pages end at 0x2001000, and memory before that"):
+        copy_bits(there, here, bits_of_pages([3, pages]))
+
+
+def test_bits_have_an_end_and_a_count():
+    assert (end_of_bits({}), count_of_bits({})) == (0, 0)
+    some = bits_of_pages([CHUNK_PAGES + 5, 2])
+    assert (end_of_bits(some), count_of_bits(some)) == (CHUNK_PAGES + 6, 2)

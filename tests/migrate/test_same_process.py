@@ -11,7 +11,7 @@ from harness.migrate.dirty import DirtyTracker
 from harness.migrate.errors import Cancelled, LinkLost, Refused, StreamError
 from harness.migrate.links import Cancel
 from harness.migrate.live_move import hand_over
-from harness.migrate.memory_image import Batch, Memory
+from harness.migrate.memory_image import Batch, Memory, bits_of_pages, copy_batch, copy_bits
 from harness.migrate.precopy import Options
 from harness.migrate.shape import backings_of
 from kvm_ioctl.request import KvmError
@@ -23,13 +23,17 @@ def memory_of(*values):
     return Memory(bytearray(b"".join(bytes([value]) * PAGE_SIZE for value in values)))
 
 
-def place_in(memory):
-    def place(where, batch):
-        if batch.spans[-1][0] > 100:
-            raise StreamError(f"{where}: outside memory")
-        return memory
+class Taker:
+    """Takes pages as a destination does."""
 
-    return place
+    def __init__(self, memory):
+        self.memory = memory
+
+    def bring(self, batch, memory):
+        copy_batch(self.memory, memory, batch)
+
+    def bring_bits(self, backing, pages, memory):
+        copy_bits(self.memory, memory, pages)
 
 
 # Without a machine
@@ -92,7 +96,7 @@ def test_a_destination_that_ends_without_a_word_is_lost():
 
 def test_who_is_closed_or_cancelled_does_nothing_more():
     source, destination = same_process.ends()
-    destination.place = place_in(memory_of(0, 0))
+    destination.taker = Taker(memory_of(0, 0))
     cancel = Cancel()
     cancel.set()
     with source.during("testing", cancel=cancel):
@@ -107,26 +111,15 @@ def test_who_is_closed_or_cancelled_does_nothing_more():
         source.write(b"x")
 
 
-def test_pages_are_copied_and_told_in_their_order():
+def test_pages_are_copied_past_the_stream():
     source, destination = same_process.ends()
     memory = memory_of(0, 0, 0, 0, 0, 0)
-    destination.place = place_in(memory)
-    one, other = Batch(0, ((1, 2), (5, 1))), Batch(0, ((2, 1),))
-    source.bring(one, memory_of(9, 1, 1, 9, 9, 2))
-    source.bring(other, memory_of(9, 9, 3, 9, 9, 9))
-    assert bytes(memory.view) == bytes(memory_of(0, 1, 3, 0, 0, 2).view)
-    assert source.sent_bytes == 4 * PAGE_SIZE
-    assert [destination.came(batch) for batch in (one, one, other)] == [True, False, False]
-
-
-def test_pages_outside_memory_are_refused():
-    source, destination = same_process.ends()
-    destination.place = place_in(memory_of(0))
-    with pytest.raises(StreamError, match="pages past the stream: outside memory"):
-        source.bring(Batch(0, ((101, 1),)), memory_of(1))
-    assert not destination.came(Batch(0, ((101, 1),)))
-    with pytest.raises(ValueError, match="the pages end at 0x2000, and memory before that"):
-        source.bring(Batch(0, ((1, 1),)), memory_of(1))
+    destination.taker = Taker(memory)
+    source.bring(Batch(0, ((1, 2), (5, 1))), memory_of(9, 1, 1, 9, 9, 2))
+    source.bring_bits(0, {0: 0b010100}, memory_of(9, 9, 3, 9, 4, 9))
+    assert bytes(memory.view) == bytes(memory_of(0, 1, 3, 0, 4, 2).view)
+    assert source.sent_bytes == 5 * PAGE_SIZE
+    assert not destination.has_input()
 
 
 # With one
@@ -207,6 +200,28 @@ def test_nothing_is_left_to_be_read_when_the_machine_is_stopped(guest, monkeypat
     source.received.machine.close()
     guest.machine.resume()
     assert (left, len(rehearsed)) == ([False], 1)
+
+
+@needs_kvm
+@pytest.mark.parametrize(("backing", "page"), [(0, 1 << 30), (7, 0)])
+def test_pages_outside_memory_are_refused(guest, monkeypatch, backing, page):
+    seen = []
+
+    def bring_wrong_ones(loader, *_):
+        memory = memory_of(1)
+        with pytest.raises(StreamError, match=f"mapping {backing} are outside memory"):
+            bring_bits(loader, backing, bits_of_pages([page]), memory)
+        with pytest.raises(StreamError, match=f"mapping {backing} are outside memory"):
+            loader.bring(Batch(backing, ((page, 1),)), memory)
+        seen.append(loader)
+        raise Refused("enough")
+
+    bring_bits = transfer.Loader.bring_bits
+    monkeypatch.setattr(transfer.Loader, "bring_bits", bring_wrong_ones)
+    with pytest.raises(Refused):
+        hand_over(guest.machine)
+    assert seen
+    guest.expect_unharmed()
 
 
 @needs_kvm

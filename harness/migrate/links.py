@@ -207,6 +207,9 @@ class FdLink(Link):
         """
         super().__init__(name, close)
         self._read_fd, self._write_fd = read_fd, write_fd
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(read_fd, select.POLLIN)
+        self._writable.register(write_fd, select.POLLOUT)
         self._ahead = memoryview(bytearray(_AHEAD_BYTES))
         self._ahead_at = self._ahead_end = 0
         for fd in {read_fd, write_fd}:
@@ -238,27 +241,31 @@ class FdLink(Link):
     def write_all(self, pieces: Sequence[bytes | bytearray | memoryview], /) -> None:
         """Send all of the bytes of all pieces; see `Link.write`."""
         rest = [memoryview(piece) for piece in pieces]
+        left = sum(map(len, rest))
         deadline = self._deadline()
-        while rest:
+        while left:
             self._check()
             try:
                 count = os.writev(self._write_fd, rest[:_MOST_PIECES])
             except BlockingIOError:
-                self._wait(self._write_fd, select.POLLOUT, deadline)
+                self._wait(self._writable, deadline)
                 continue
             except OSError as e:
                 raise self.lost(os.strerror(e.errno or 0)) from e
             self.sent_bytes += count
-            _advance(rest, count)
+            left -= count
             deadline = self._deadline()
+            if left:
+                _advance(rest, count)
+                # Mostly it is full now, and to be told so costs more than to ask.
+                self._wait(self._writable, deadline)
 
     def has_input(self, within_s: float = 0.0) -> bool:
         """Tell whether there is something to read now, the end included."""
         if self._ahead_bytes:
             return True
-        poll = select.poll()
-        poll.register(self._fd(self._read_fd), select.POLLIN)
-        return bool(poll.poll(within_s * 1000))
+        self._fd(self._read_fd)
+        return bool(self._readable.poll(within_s * 1000))
 
     def _fd(self, fd: int) -> int:
         if self._closed:
@@ -282,7 +289,7 @@ class FdLink(Link):
             try:
                 count = os.readv(self._fd(self._read_fd), buffers)
             except BlockingIOError:
-                self._wait(self._read_fd, select.POLLIN, deadline)
+                self._wait(self._readable, deadline)
                 continue
             except OSError as e:
                 raise self.lost(os.strerror(e.errno or 0)) from e
@@ -294,9 +301,7 @@ class FdLink(Link):
         _, stall_s, until, _ = self.now
         return time.monotonic() + stall_s if until is None else until
 
-    def _wait(self, fd: int, event: int, deadline: float) -> None:
-        poll = select.poll()
-        poll.register(fd, event)
+    def _wait(self, poll: select.poll, deadline: float) -> None:
         cancel = self.now[-1]
         while True:
             if cancel is not None:

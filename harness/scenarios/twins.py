@@ -18,6 +18,7 @@ A journey that yields a thread of a vCPU (`machine.in_thread`) is moved for as l
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from harness.migrate.notes import Note
 from harness.migrate.orders import DEFAULT
 from harness.migrate.state import MachineState, capture, msr_indices
 from harness.proxy.cpu import Cpu
+from harness.proxy.layout import INSTANCE_SIZE, TRAP_STACK_TOP
 from harness.proxy.machine import ProxyMachine
 from harness.proxy.program import Result
 from harness.scenarios.context import Context
@@ -119,6 +121,12 @@ class Traveller:
         return f"{self.log[-1][0]!r}" if self.log else "nothing"
 
 
+_INTERRUPTED_RIP: Final = re.compile(
+    rf"memory at 0x[0-9a-f]*{(TRAP_STACK_TOP - 5 * 8) % INSTANCE_SIZE:04x}"
+)
+"""Where RIP is in the frame of an exception or interrupt: SS, RSP, RFLAGS and CS are above it."""
+
+
 class Twins:
     """The one that stays, and those that are compared with it."""
 
@@ -155,7 +163,8 @@ class Twins:
         for one, other in zip(self.stays.log, goes.log, strict=False):
             self.context.expect(f"the moved twin's {one[0]}", other, one)
         self.context.expect("entries of the moved twin's log", len(goes.log), len(self.stays.log))
-        self._expect_none("memory", memory_differences(self.stays.machine, goes.machine))
+        found = memory_differences(self.stays.machine, goes.machine)
+        self._expect_none("memory", [each for each in found if not _is_of_a_tick(each)])
         self.expect_same_state(goes, "the end")
 
     def _expect_none(self, where: str, found: Sequence[Difference]) -> None:
@@ -163,6 +172,18 @@ class Twins:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         what = f"difference between the twins (stays, moved) at {where}"
         self.context.expect(what, shown + more, "", str)
+
+
+def _is_of_a_tick(difference: Difference) -> bool:
+    """Tell whether two interrupts came one NOP apart, by the RIP that is left on a dead stack.
+
+    A tick of the emulated host between STI and NOP ends the interrupt shadow (known issue
+    quirk-vmrun-ignores-interrupt-shadow), in either twin.
+    """
+    one, other = difference.one, difference.other
+    if not (isinstance(one, int) and isinstance(other, int) and abs(one - other) == 1):
+        return False
+    return _INTERRUPTED_RIP.fullmatch(difference.what) is not None
 
 
 class Moves:

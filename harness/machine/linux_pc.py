@@ -30,10 +30,11 @@ from kvm_ioctl.linux_kvm import MemFlags, MpState, kvm_mp_state
 
 # `no_timer_check`, `tsc=reliable`: calibration and timer tests fail where time stutters.
 # `reboot=t`: there is nothing else that would reset this PC.
+# `damon_stat`: it would look at all memory again and again, from 7.3 on (harness.host.emulated).
 LINUX_OPTIONS: Final = (
     "console=ttyS0 acpi=off pci=off panic=-1 oops=panic reboot=t mitigations=off tsc=reliable "
     "no_timer_check nokaslr cryptomgr.notests rcupdate.rcu_expedited=1 audit=0 nowatchdog "
-    "random.trust_cpu=on 8250.nr_uarts=2 apparmor=0"
+    "random.trust_cpu=on 8250.nr_uarts=2 apparmor=0 damon_stat.enabled=0"
 )
 
 SHARED_GPA: Final = Gpa(1 << 36)

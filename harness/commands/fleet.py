@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from harness.commands.options import require_writable, write_json
+from harness.commands.output import require_writable, write_json
 from harness.errors import HostError
 from harness.fleet.drive import Drive
 from harness.fleet.errors import FleetError

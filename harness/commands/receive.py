@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from harness.commands.options import require_writable, write_json
+from harness.commands.output import require_writable, write_json
 from harness.commands.peers import Tcp, listening_address, local_kvm
 from harness.migrate import live
 from harness.migrate.connections import Listener, listen_tcp, listen_unix, standard_streams

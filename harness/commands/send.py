@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from harness.commands.options import require_writable, write_json
+from harness.commands.output import require_writable, write_json
 from harness.commands.peers import Command, Tcp, Unix, destination, local_kvm
 from harness.errors import HostError, NsvmError
 from harness.migrate import live

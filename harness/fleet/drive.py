@@ -17,12 +17,11 @@ import psutil
 from harness.fleet.errors import FleetError
 from harness.fleet.inventory import STRICT, ansible_command, search_path
 from harness.fleet.plan import FleetPlan
+from harness.host.lifeline import END_S, lifeline
 
 PLAYBOOK = Path(__file__).with_name("playbook.yml")
 
 _LOOK_S = 0.5
-#: For a run that was told to end: to record what never ran, and to give its host back.
-_END_S = 180.0
 #: For Ansible itself, when the runs have ended.
 _ANSIBLE_END_S = 60.0
 
@@ -59,16 +58,22 @@ class Drive:
             import ansible_runner  # type: ignore[import-untyped]
         except ImportError:
             raise FleetError("no ansible-runner: pip install 'nsvm-harness[lab]'") from None
-        with tempfile.TemporaryDirectory(prefix="nsvm-fleet-") as scratch:
-            settings = self._settings(Path(scratch))
-            threading.Thread(
+        # Beside the results: what a fleet that is killed leaves is in its own directory.
+        own = self._plan.directory
+        with tempfile.TemporaryDirectory(prefix=".ansible-", dir=own) as scratch:
+            # A fleet that is killed ends nothing itself: its runs see the end of the lifeline.
+            held = Path(scratch) / "lifeline"
+            settings = self._settings(Path(scratch), held)
+            ansible = threading.Thread(
                 target=self._work, args=[ansible_runner.run, settings], name="ansible", daemon=True
-            ).start()
-            try:
-                self._watch(look)
-            finally:
-                self._end()
-                self._keep_log(Path(scratch))
+            )
+            with lifeline(held):
+                ansible.start()
+                try:
+                    self._watch(look)
+                finally:
+                    self._end()
+                    self._keep_log(Path(scratch))
 
     def _work(self, run: Callable[..., Any], settings: dict[str, Any]) -> None:
         try:
@@ -84,7 +89,7 @@ class Drive:
     def _log(self) -> Path:
         return self._plan.directory / "ansible.log"
 
-    def _settings(self, scratch: Path) -> dict[str, Any]:
+    def _settings(self, scratch: Path, held: Path) -> dict[str, Any]:
         plan = self._plan
         inventory = [str(path) for path in plan.inventories]
         return {
@@ -92,7 +97,7 @@ class Drive:
             "playbook": str(PLAYBOOK),
             "inventory": inventory,
             "limit": plan.limit or None,
-            "extravars": plan.variables(Path.cwd()),
+            "extravars": {**plan.variables(Path.cwd()), "fleet_lifeline": str(held)},
             "forks": len(plan.hosts),
             "quiet": True,
             "envvars": {**STRICT, "PATH": search_path(), "ANSIBLE_RETRY_FILES_ENABLED": "0"},
@@ -111,7 +116,7 @@ class Drive:
 
     def _end(self) -> None:
         """End what is still at work: the runs first, which give their hosts back; then Ansible."""
-        deadline = time.monotonic() + _END_S
+        deadline = time.monotonic() + END_S
         told: set[int] = set()
         while not self._done.is_set() and time.monotonic() < deadline:
             runs = self._runs()

@@ -192,6 +192,22 @@ def test_a_fleet_that_is_told_to_end_ends_its_runs_in_good_order(lab):
         assert_nothing_is_left(host)
 
 
+def test_a_fleet_that_is_killed_leaves_no_run_and_no_machine_taken(lab):
+    """By SIGKILL, so that it can do nothing itself: its runs notice, and give the machines back."""
+    with Nsvm(*lab.words("-k", "waits or zlast")) as fleet:
+        wait_until(lab.are_waiting(2), "the cases that wait")
+        started = psutil.Process(fleet.process.pid).children(recursive=True)
+        assert sum("--results" in process.cmdline() for process in started) >= 2
+        fleet.process.kill()
+        _, alive = psutil.wait_procs(started, timeout=30)
+        for process in alive:
+            process.kill()
+        assert alive == []
+    for host in lab.hosts:
+        assert lab.verdicts(host.name) == {"waits": "MISS", "zlast": "MISS"}
+        assert_nothing_is_left(host)
+
+
 def test_time_that_is_over_is_said(lab):
     done = lab.run("--longest", "0.003", "-k", "waits")
     assert done.returncode == 2

@@ -114,19 +114,22 @@ def test_one_that_panics_is_red_and_the_other_one_is_not(machines, tmp_path):
     assert fleet.json["hosts"]["emulated2"]["status"] == 1
 
 
-def test_a_machine_with_l2_at_work_moves_live_from_one_to_the_other(machines, tmp_path):
-    """It goes on there as its twin did, which stayed."""
+def test_a_machine_with_l2_at_work_moves_live_from_one_to_the_other(machines, one_kernel, tmp_path):
+    """It goes on there as its twin did, which stayed; from SMM in 5.10 it does not, as is known."""
     (tmp_path / "lab.toml").write_text("\n".join(lab_text(m.lab) for m in machines))
     one, other = (f"ssh:{machine.name}" for machine in machines)
     done = nsvm(
-        "migrate", "--from", one, "--to", other, "--places", "l2-npt,l2-shadow",
+        "migrate", "--from", one, "--to", other, "--places", "l2-npt,l2-shadow,smm-from-l2",
         "--lab", tmp_path / "lab.toml", "--json", tmp_path / "json",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "json").read_text())
-    assert [(row["place"], row["way"], row["verdict"]) for row in report["rows"]] == [
-        ("l2-npt", "live", "works"),
-        ("l2-shadow", "live", "works"),
+    known = "l1-state-in-smm-does-not-travel" if one_kernel.startswith("5.10") else None
+    rows = report["rows"]
+    assert [(row["place"], row["way"], row["verdict"], row.get("issue")) for row in rows] == [
+        ("l2-npt", "live", "works", None),
+        ("l2-shadow", "live", "works", None),
+        ("smm-from-l2", "live", "differs" if known else "works", known),
     ]
     assert {(row["from"], row["to"]) for row in report["rows"]} == {(one, other)}
     assert {host["name"] for host in report["hosts"]} == {machine.name for machine in machines}

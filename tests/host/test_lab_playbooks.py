@@ -3,21 +3,13 @@
 What the machine has no userland for (apt, pip, systemd, sudo) is left out here.
 """
 
-import os
-import re
-import subprocess
-
 import pytest
 from lab_machine import LabMachine
-from near_lab import inventory_text
+from lab_play import Player
 
-from harness.fleet.inventory import ansible_command, search_path
-from harness.host.bundle import tree_root
 from harness.host.ssh_connection import connect
 
 pytestmark = [pytest.mark.emulated, pytest.mark.nightly]
-
-ANSIBLE = tree_root() / "ansible"
 
 KVM_AMD = """
 - hosts: all
@@ -39,39 +31,15 @@ def machine(one_kernel, tmp_path_factory):
 
 @pytest.fixture
 def play(machine, tmp_path):
-    """Return a function that applies a playbook there, and says how many tasks changed it."""
-    lab = machine.lab
-    inventory = tmp_path / "inventory.json"
-    inventory.write_text(
-        inventory_text(
-            [lab],
-            ansible_python_interpreter=lab.python,
-            ansible_ssh_common_args=f"-F none -o UserKnownHostsFile={lab.known_hosts}",
-            # The server there has neither sftp nor scp.
-            ansible_ssh_transfer_method="piped",
-            ansible_become=False,
-        )
+    """Return what applies playbooks there, and says how many tasks changed something."""
+    return Player(
+        machine.lab,
+        tmp_path,
+        ansible_python_interpreter=machine.lab.python,
+        # The server there has neither sftp nor scp.
+        ansible_ssh_transfer_method="piped",
+        ansible_become=False,
     )
-
-    def apply(playbook, *words, **variables):
-        extra = [word for item in variables.items() for word in ("-e", "=".join(map(str, item)))]
-        done = subprocess.run(
-            [ansible_command("ansible-playbook"), "-i", inventory, playbook, *extra, *words],
-            cwd=ANSIBLE,
-            env={
-                **os.environ,
-                "PATH": search_path(),
-                "ANSIBLE_ROLES_PATH": str(ANSIBLE / "roles"),
-                "ANSIBLE_NOCOLOR": "1",
-            },
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return int(re.search(r"changed=(\d+)", done.stdout)[1])
-
-    return apply
 
 
 def there(machine, *words):

@@ -21,7 +21,13 @@ from harness.crosscheck.bench_memory import BenchMemory
 from harness.crosscheck.checker import NOT_DONE
 from harness.crosscheck.fields import SMRAM, SMRAM_LEGACY, VMCB
 from harness.crosscheck.first_state import FEATURES, enter_long_mode, set_attributes, without
-from harness.crosscheck.hazards import Roots, drops_hsave, is_odd_mode, sets_lme_in_real_mode
+from harness.crosscheck.hazards import (
+    Roots,
+    drops_hsave,
+    is_odd_mode,
+    resets_under_l2,
+    sets_lme_in_real_mode,
+)
 from harness.crosscheck.observe import Observer, registers_after
 from harness.errors import HarnessError
 from harness.machine.console import PortBus
@@ -35,6 +41,7 @@ from harness.model.model import STEPPED
 from harness.model.operations import (
     Execute,
     GetNestedState,
+    Init,
     Instruction,
     Operation,
     Outcome,
@@ -96,6 +103,7 @@ class BareBench:
         cure: bool = True,
         hsave_page: bool = False,
         plain: bool = False,
+        lapic: bool = False,
     ) -> None:
         """Build the VM.
 
@@ -105,8 +113,8 @@ class BareBench:
                 as `nested_bytes`; without it that is not seen.
             cure: keep the vCPU off what ends hosts, see `hazards`.
             hsave_page: the kernel keeps L1's state in one (the knob `l1_state`).
-
             plain: take a KVM that offers guests no SVM, too.
+            lapic: have the interrupt controllers in the kernel, for `Init`.
 
         Raises Unsupported: KVM offers guests no SVM.
         Raises KvmError: KVM refused something.
@@ -116,8 +124,6 @@ class BareBench:
         self.clock = Clock()
         self.cured = 0
         """How often roots of page tables were renewed, see `hazards`."""
-        self.hang_text = ""
-        """Where the vCPU was when its time was up, if that happened."""
         self._probe = memory_probe
         self._cure, self._hsave_page = cure, hsave_page
         self._roots = Roots()
@@ -131,6 +137,8 @@ class BareBench:
             self._memory = BenchMemory(stack)
             self._vm = stack.enter_context(kvm.create_vm())
             self._memory.show_all(self._vm)
+            if lapic:
+                self._vm.create_irqchip()
             self.vcpu: Vcpu = self._vm.create_vcpu(0)
             self.vcpu.set_cpuid2(self.cpuid())
             enter_long_mode(self.vcpu)
@@ -185,6 +193,8 @@ class BareBench:
     def _is_too_dangerous(self, operation: Operation) -> bool:
         if self._hsave_page and drops_hsave(operation, self._seen):
             return True
+        if self._hsave_page and resets_under_l2(operation, self._seen):
+            return True
         if sets_lme_in_real_mode(operation, self._seen):
             return True
         return isinstance(operation, Execute | Resume) and is_odd_mode(self._seen)
@@ -195,6 +205,8 @@ class BareBench:
         regs = self.vcpu.get_regs()
         regs.rax, regs.rcx, regs.rdx, regs.rflags = what.rax, what.rcx, what.rdx, layout.RFLAGS_ON
         regs.rip, regs.rsp = self._place(what)
+        if what.trap and not self._observer.takes_smi():
+            regs.rflags |= layout.RFLAGS_TF
         self.vcpu.set_regs(regs)
         return self._run()
 
@@ -239,8 +251,7 @@ class BareBench:
             exit_ = self._runner.step(RUN_TIMEOUT_S)
         except KvmError as e:
             return f"run: {errno_name(e.errno or 0)}"
-        except VcpuTimeout as e:
-            self.hang_text = str(e)
+        except VcpuTimeout:
             return "hang"
         if isinstance(exit_, IoExit) and exit_.is_out:
             return self._enter_immediately() or _report(exit_.port)
@@ -316,6 +327,12 @@ class BareBench:
 
     def _smi(self, what: Smi, extra: dict[str, Any]) -> str:
         self.vcpu.smi()
+        return "ok"
+
+    def _init(self, what: Init, extra: dict[str, Any]) -> str:
+        events = self.vcpu.get_vcpu_events()
+        events.smi.latched_init = 1
+        self.vcpu.set_vcpu_events(events)
         return "ok"
 
     # The guest's memory
@@ -399,6 +416,7 @@ _DO: Final[dict[type, Callable[[BareBench, Any, dict[str, Any]], str]]] = {
     SetNestedState: BareBench._set_nested_state,
     SetSmm: BareBench._set_smm,
     Smi: BareBench._smi,
+    Init: BareBench._init,
     WriteVmcb: BareBench._write_vmcb,
     WriteSaveArea: BareBench._write_save_area,
     WriteHostSave: BareBench._write_host_save,

@@ -20,7 +20,7 @@ from harness.errors import HarnessError
 from harness.model.facts import CpuFacts
 from harness.model.knobs import Knobs
 from harness.model.model import Model as KvmModel
-from harness.model.operations import Operation
+from harness.model.operations import Init, Operation
 from kvm_ioctl.handles import Kvm
 
 SHRINK_TRIES: Final = 300
@@ -64,7 +64,7 @@ class Campaign:
 
     knobs: Knobs
     make_model: Callable[[Knobs], Model]
-    make_machine: Callable[[], OpenMachine]
+    make_machine: Callable[[Sequence[Operation]], OpenMachine]
     deviations: Sequence[Deviation] = ()
     coverage: Coverage = field(default_factory=Coverage)
     asked: set[str] = field(default_factory=set)
@@ -78,7 +78,7 @@ class Campaign:
         started = perf_counter()
         # What asks for an attribute gets it; that is all that a model does with its knobs.
         asked: Any = KnobsAsked(self.knobs, self.asked)
-        machine = self.make_machine()
+        machine = self.make_machine(operations)
         try:
             self.coverage.begin()
             checked = check(
@@ -97,7 +97,7 @@ class Campaign:
 
     def again(self, operations: Sequence[Operation]) -> Checked:
         """Run a sequence on a fresh pair, and count nothing."""
-        machine = self.make_machine()
+        machine = self.make_machine(operations)
         try:
             return check(
                 operations, self.make_model(self.knobs), machine, deviations=self.deviations
@@ -157,8 +157,11 @@ def on_kvm(
     return Campaign(
         knobs,
         model_maker(facts_here(kvm)),
-        lambda: BareBench(
-            kvm, memory_probe=memory_probe, hsave_page=knobs.l1_state == "hsave page"
+        lambda operations: BareBench(
+            kvm,
+            memory_probe=memory_probe,
+            hsave_page=knobs.l1_state == "hsave page",
+            lapic=any(isinstance(each, Init) for each in operations),
         ),
         deviations,
     )

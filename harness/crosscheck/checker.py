@@ -82,7 +82,6 @@ class Checked:
     not_done: bool = False
     """The machine did not do the operation at which it ended."""
     model_s: float = 0.0
-    machine_s: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -140,9 +139,7 @@ def check(
             break
         if on_step is not None:
             on_step(step, operation, expected)
-        started = perf_counter()
         seen = machine.apply(operation)
-        done.machine_s += perf_counter() - started
         if seen.result == NOT_DONE:
             done.not_done = True
             break
@@ -172,7 +169,8 @@ def _compare(
         if name in excused:
             continue
         found = Difference(step, operation, name, expected, seen)
-        deviation = recognise(deviations, found.kind, expected, seen, done.outcomes[-1].result)
+        result, predicted = done.outcomes[-1].result, done.predicted[-1].seen
+        deviation = recognise(deviations, found.kind, expected, seen, result, predicted)
         if deviation is None:
             done.difference = found
             return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final
 
 from harness.model import layout
@@ -91,6 +92,7 @@ def base_memory() -> Iterator[tuple[int, bytes]]:
     yield layout.GDT_GPA, _gdt()
     yield from _page_tables(layout.PML4_GPA, layout.PDPT_GPA, layout.PD_GPA)
     yield from _page_tables(layout.NESTED_PML4_GPA, layout.NESTED_PDPT_GPA, layout.NESTED_PD_GPA)
+    yield from _high_nested_tables()
     yield layout.IDT_GPA, b"".join(_gate(vector) for vector in range(VECTORS))
     yield layout.IDT_GPA + 16 * _DONE_VECTOR, _gate(_DONE_VECTOR, dpl=3)
     yield layout.TSS_GPA, struct.pack("<IQ", 0, layout.EXCEPTION_STACK_TOP) + bytes(0x5C)
@@ -102,6 +104,7 @@ def base_memory() -> Iterator[tuple[int, bytes]]:
     yield ENTER_USER, b"\x48\xcf"
     yield layout.IDLE_L1, _REPORT_FOREVER
     yield layout.IDLE_L2, _REPORT_FOREVER
+    yield layout.RESET_CODE_GPA, _REPORT_FOREVER
 
 
 def _page_tables(pml4: int, pdpt: int, pd: int) -> Iterator[tuple[int, bytes]]:
@@ -110,6 +113,15 @@ def _page_tables(pml4: int, pdpt: int, pd: int) -> Iterator[tuple[int, bytes]]:
     yield pdpt, struct.pack("<Q", pd | _PRESENT_WRITE_USER)
     pages = (index << 21 | _LARGE_PAGE | _PRESENT_WRITE_USER for index in range(512))
     yield pd, b"".join(struct.pack("<Q", page) for page in pages)
+
+
+def _high_nested_tables() -> Iterator[tuple[int, bytes]]:
+    """Yield what gives the last page below 4 GiB memory, for L2 with nested paging."""
+    page = layout.RESET_CODE_GPA & ~0xFFF
+    tables = (layout.NESTED_PDPT_GPA, layout.NESTED_HIGH_PD_GPA, layout.NESTED_HIGH_PT_GPA, page)
+    for shift, (table, leads_to) in zip((30, 21, 12), pairwise(tables), strict=True):
+        index = layout.RESET_VECTOR >> shift & 511
+        yield table + 8 * index, struct.pack("<Q", leads_to | _PRESENT_WRITE_USER)
 
 
 def smram_memory() -> Iterator[tuple[int, bytes]]:

@@ -8,7 +8,7 @@ sequences are, and when it errs that is only another sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from harness.model import layout
 from harness.model.operations import (
     Execute,
     GetNestedState,
+    Init,
     Instruction,
     Operation,
     Resume,
@@ -92,7 +93,17 @@ def sequence(seed: int, number: int, focus: str | None = None) -> tuple[Operatio
         for operation in phrase(rng, sketch):
             found.append(operation)
             sketch.started |= isinstance(operation, Execute | Resume)
-    return tuple(found[:length])
+    return tuple(_fit_for_init(found[:length]))
+
+
+def _fit_for_init(operations: list[Operation]) -> Iterator[Operation]:
+    """Yield the operations; none that would not end where there is a local APIC in the kernel."""
+    halts = any(isinstance(each, Init) for each in operations)
+    for each in operations:
+        if halts and isinstance(each, Execute) and each.instruction is Instruction.HLT:
+            yield replace(each, instruction=Instruction.NOP)
+        else:
+            yield each
 
 
 def _weights(focus: str | None) -> Mapping[Phrase, float]:
@@ -100,6 +111,8 @@ def _weights(focus: str | None) -> Mapping[Phrase, float]:
         raise UnknownFocus(f"no area is called {focus}: there are {', '.join(AREAS)}")
     found: dict[Phrase, float] = {}
     for area, phrases in AREAS.items():
+        if area in _APART and area != focus:
+            continue
         share = _OTHERS if focus not in (None, area) else 1.0
         for phrase, weight in phrases.items():
             found[phrase] = found.get(phrase, 0) + weight * share
@@ -362,6 +375,22 @@ def _smi_and_rsm(rng: Random, sketch: Sketch) -> Iterator[Operation]:
     sketch.smm = False
 
 
+def _init(rng: Random, sketch: Sketch) -> Iterator[Operation]:
+    """Let INIT come in L1 or in L2, with nested paging or without, or while GIF is 0."""
+    where = rng.randrange(4)
+    if where == 0:
+        yield Execute(Instruction.CLGI)
+    elif where < 3:
+        if sketch.gm:
+            yield from _vmexit(rng, sketch)
+        control = {"control.nested_ctl": where - 1}
+        yield WriteVmcb("a", {**_REPORTS_AGAIN, **layout.template_control(), **control})
+        yield Execute(Instruction.VMRUN, rax=layout.VMCB_A_GPA)
+    yield Init()
+    yield from _look(rng, sketch)
+    yield Resume()
+
+
 def _smi_intercepted(rng: Random, sketch: Sketch) -> Iterator[Operation]:
     if sketch.gm:
         yield from _vmexit(rng, sketch)
@@ -469,5 +498,10 @@ AREAS: Final[Mapping[str, Mapping[Any, float]]] = {
     "clean-bits": {_clean: 3},
     "smm": {_smi: 1, _rsm: 1, _smi_and_rsm: 5, _smi_intercepted: 1, _smm_flag: 2},
     "memory": {_slot_away: 2, _pages_request: 2, _msrpm_away: 1},
+    "init": {_init: 2},
 }
+"""Kinds of phrases, by what they are about."""
+
+_APART: Final = ("init",)
+"""What is only done if asked for: it ends a sequence, and needs another machine."""
 """What `--focus` can choose, and the weights of its phrases."""

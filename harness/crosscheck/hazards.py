@@ -9,6 +9,10 @@ any memory slot away makes KVM load new roots.
 The hsave page (5.10). While an SMI that interrupted L2 is handled, EFER.SVME set in SMM and cleared
 by RSM frees it; RSM then takes a new one, which is zero. L0's own intercepts were in it
 (`recalc_intercepts()`): L2 goes on without them, and takes the host's interrupts.
+
+INIT in L2 (5.10). `kvm_vcpu_reset()` leaves the vCPU with the MMU of L2's nested paging, and frees
+the hsave page. A page that L1's nested tables have not got is then a #VMEXIT (#NPF) from what is no
+guest mode: `nested_svm_vmexit()` reads the page at address 0, and the host's kernel is gone.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from harness.model import layout
 from harness.model.operations import (
     Execute,
     Instruction,
@@ -26,13 +31,15 @@ from harness.model.operations import (
     Value,
 )
 from harness.svm.msrs import Cr0, Cr4, Efer, Msr
+from harness.svm.vmcb import NestedCtl
 
 STALE_ROOT: Final = "stale-root"
 NOT_DONE: Final = "not-done"
 HAZARDS: Final[Mapping[str, str]] = {
     STALE_ROOT: "forced leave of guest mode: roots renewed",
-    NOT_DONE: "what would end the host (5.10: EFER.SVME in SMM above L2, then RSM; EFER.LME in real"
-    " mode; modes that no CPU has): not done",
+    NOT_DONE: "what would end the host (5.10: EFER.SVME in SMM above L2, then RSM; INIT in L2 with"
+    " nested tables other than the layout's; EFER.LME in real mode; modes that no CPU has): not"
+    " done",
 }
 """What is kept off, and how."""
 
@@ -47,6 +54,18 @@ def drops_hsave(operation: Operation, seen: Mapping[str, Value]) -> bool:
         and bool(seen.get("smram.svm_guest_flag"))
         and isinstance(efer, int)
         and bool(Efer(efer).SVME)
+    )
+
+
+def resets_under_l2(operation: Operation, seen: Mapping[str, Value]) -> bool:
+    """Tell whether an operation would make 5.10 take INIT in L2, and miss the hsave page."""
+    control = seen.get("nested.control.nested_ctl")
+    return (
+        isinstance(operation, Execute | Resume)
+        and bool(seen.get("init_pending"))
+        and isinstance(control, int)
+        and bool(NestedCtl(control).NP_ENABLE)
+        and seen.get("nested.control.nested_cr3") != layout.NESTED_PML4_GPA
     )
 
 
@@ -84,4 +103,9 @@ class Roots:
     def is_stale_after(self, operation: Operation, outcome: Outcome) -> bool:
         """Take note of a step; tell whether vmcb01 has a root that is the vCPU's no more."""
         was, self._guest_mode = self._guest_mode, bool(outcome.seen.get("guest_mode"))
-        return was and not self._guest_mode and not isinstance(operation, Execute | Resume)
+        if not was or self._guest_mode:
+            return False
+        # An instruction ends L2 by a #VMEXIT, unless it was WRMSR and took EFER.SVME away.
+        efer = outcome.seen.get("efer")
+        by_l2 = isinstance(efer, int) and not Efer(efer).SVME and not outcome.seen.get("smm")
+        return by_l2 if isinstance(operation, Execute | Resume) else True

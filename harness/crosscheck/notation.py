@@ -127,6 +127,7 @@ def in_words(operation: Operation) -> str:
     """Return one line: `WRMSR rcx=0xc0000080 rax=0x1500`, `WriteVmcb a control.asid=0x0`."""
     if isinstance(operation, Execute):
         head = operation.instruction.name + (" at CPL 3" if operation.user else "")
+        head += " with TF" if operation.trap else ""
         numbers = {name: getattr(operation, name) for name in ("rax", "rcx", "rdx")}
         return " ".join((head, *(f"{name}={v:#x}" for name, v in numbers.items() if v)))
     parts = [type(operation).__name__]

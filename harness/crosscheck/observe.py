@@ -97,7 +97,11 @@ class Observer:
 
     def _events(self) -> dict[str, Any]:
         smi = self._vcpu.get_vcpu_events().smi
-        return {"smm": bool(smi.smm), "smi_pending": bool(smi.pending)}
+        return {
+            "smm": bool(smi.smm),
+            "smi_pending": bool(smi.pending),
+            "init_pending": bool(smi.latched_init),
+        }
 
 
 def registers_after(vcpu: Vcpu) -> dict[str, int]:

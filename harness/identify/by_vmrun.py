@@ -9,7 +9,6 @@ from __future__ import annotations
 from harness.facts import HostView
 from harness.identify.finding import Findings, either, experiment, unseen
 from harness.identify.lab import (
-    DR6_INIT,
     GIF_SET,
     GUEST_MODE,
     HANG,
@@ -30,6 +29,7 @@ from harness.identify.lab import (
 from harness.machine.addresses import Gpa
 from harness.machine.cpuid import CpuidPolicy
 from harness.machine.memory import PAGE_SIZE
+from harness.model.layout import DR6_RESET
 from harness.svm.exit_codes import VMEXIT_INVALID
 from harness.svm.intercepts import Intercept
 from harness.svm.msrs import Cr4, Efer, Msr
@@ -278,7 +278,7 @@ def fixed_bits(kvm: Kvm) -> Findings:
         lab.vmcb12 = made
         where, dr6 = lab.vmrun(STOP_IN_L2), lab.vcpu.get_debugregs().dr6
     seen = f"DR6={dr6:#x}" if where == IN_L2 else where
-    answers = {"DR6=0x0": False, f"DR6={DR6_INIT:#x}": True}
+    answers = {"DR6=0x0": False, f"DR6={DR6_RESET:#x}": True}
     yield either("vmrun_forces_fixed_bits", seen, answers, "VMRUN with DR6=0 in vmcb12")
 
 

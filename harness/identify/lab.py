@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import struct
-from types import TracebackType
 from typing import Any, Final, Self
 
 from harness.machine.addresses import Gpa
@@ -19,6 +18,7 @@ from harness.machine.loader import EntryMode, Image, Segment
 from harness.machine.machine import Machine
 from harness.machine.memory import Slot
 from harness.machine.vcpu import Kicked
+from harness.model.layout import DR6_RESET, DR7_RESET, PAT_RESET
 from harness.proxy.program import vector_name
 from harness.svm.exit_codes import ExitCode
 from harness.svm.intercepts import Intercept
@@ -29,7 +29,7 @@ from harness.svm.smram import (
     SMRAM_STATE_OFFSET,
     kvm_smram_state_64,
 )
-from harness.svm.vmcb import VMCB_SAVE_OFFSET, VMCB_SIZE, SegAttrib, vmcb
+from harness.svm.vmcb import VMCB_SIZE, SegAttrib, vmcb
 from kvm_ioctl.asm_kvm import (
     NestedStateFlags,
     kvm_nested_state,
@@ -91,9 +91,6 @@ _HLT = b"\xf4"
 _CS64 = 0x18
 _INTERRUPT_GATE = 0x8E
 _VECTORS = 32
-DR6_INIT: Final = 0xFFFF_0FF0
-_DR7_INIT = 0x400
-_PAT_INIT = 0x0007_0406_0007_0406
 
 GUEST_MODE: Final = NestedStateFlags.KVM_STATE_NESTED_GUEST_MODE
 RUN_PENDING: Final = NestedStateFlags.KVM_STATE_NESTED_RUN_PENDING
@@ -132,12 +129,7 @@ class Lab:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.machine.close()
 
     # Running
@@ -237,7 +229,7 @@ class Lab:
             getattr(save, name).base, getattr(save, name).limit = table.base, table.limit
         save.cr0, save.cr3, save.cr4 = sregs.cr0, sregs.cr3, sregs.cr4
         save.efer = Efer(sregs.efer).replace(SVME=1)
-        save.dr6, save.dr7, save.g_pat = DR6_INIT, _DR7_INIT, _PAT_INIT
+        save.dr6, save.dr7, save.g_pat = DR6_RESET, DR7_RESET, PAT_RESET
         save.rip, save.rsp, save.rflags = L2_CODE, _L2_STACK_TOP, 2
         return made
 
@@ -278,7 +270,6 @@ class Lab:
 
 
 _SAVE_AREA: Final = Gpa(DEFAULT_SMBASE + SMRAM_STATE_OFFSET)
-assert vmcb.save.offset == VMCB_SAVE_OFFSET
 
 
 def taken(error: int) -> str:

@@ -120,9 +120,3 @@ def departures(knobs: Knobs) -> list[Departure]:
         for name, knob in KNOBS.items()
         if name in ANSWERS and getattr(knobs, name) not in ANSWERS[name].values
     ]
-
-
-def who_left(name: str, one: object, other: object) -> tuple[bool, bool] | None:
-    """Tell of two values of a knob whether each is within the manual; None: it has no answer."""
-    answer = ANSWERS.get(name)
-    return None if answer is None else (one in answer.values, other in answer.values)

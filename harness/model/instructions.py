@@ -17,6 +17,7 @@ from harness.model.efer import write_msr_efer
 from harness.model.errors import CannotKnow
 from harness.model.memory import UNKNOWN
 from harness.model.operations import Instruction
+from harness.model.roots import is_left_stale, note_execution
 from harness.model.rsm import QUEUED_UD, rsm
 from harness.model.state import State
 from harness.model.vmexit import vmexit
@@ -54,6 +55,7 @@ _TAKES_RAX: Final = (Instruction.VMRUN, Instruction.VMLOAD, Instruction.VMSAVE)
 
 def perform(s: State, instruction: Instruction) -> str | None:
     """Execute an instruction in the current context."""
+    note_execution(s)
     if instruction is Instruction.UD2:
         return exception(s, UD)
     if instruction in _PRIVILEGED and s.regs["cpl"]:
@@ -180,6 +182,7 @@ def _wrmsr(s: State) -> str | None:
         raise CannotKnow("WRMSR with registers that are not known")
     msr, was_l2 = s.regs["rcx"] & _LOW, s.guest_mode
     value = (s.regs["rdx"] & _LOW) << 32 | s.regs["rax"] & _LOW
+    stale = was_l2 and is_left_stale(s, value)
     if msr == Msr.MSR_EFER:
         taken = write_msr_efer(s, value, host=False)
     elif msr == Msr.MSR_VM_HSAVE_PA:
@@ -195,7 +198,9 @@ def _wrmsr(s: State) -> str | None:
     if was_l2 and not s.guest_mode and not s.triple_fault:
         if s.knobs.l1_state == "hsave page":
             raise CannotKnow("L1 goes on with L2's page tables, and may hang at once")
-        s.over = "it went on as L1 with the roots of page tables that L2 had, which are gone"
+        s.stale_root = stale
+        if stale:
+            s.over = "it went on as L1, with a root of page tables that is none of KVM's any more"
     return None
 
 
@@ -220,7 +225,10 @@ def _vmrun(s: State) -> str | None:
         return _no_memory(s)
     s.memory.read(page, 1)
     _advance(s, Instruction.VMRUN)
-    vmrun(s, s.regs["rax"])
+    trap = s.regs["rflags"] & layout.RFLAGS_TF
+    if not vmrun(s, s.regs["rax"]) and trap:
+        raise CannotKnow("a single step of a VMRUN that is refused")
+    # The #DB of TF is lost, however: see the knob vmrun_drops_l1_events.
     return None
 
 
@@ -262,6 +270,8 @@ def _set_gif(s: State, gif: bool) -> str | None:
         return exception(s, UD)
     if not s.svme and not _free_of_svme(s, gif):
         return exception(s, UD)
+    if s.init_pending and gif and not s.gif:
+        raise CannotKnow("STGI lets INIT in, at the next entry of the guest, and not before")
     s.gif = gif
     _advance(s, Instruction.STGI)
     return None
@@ -298,6 +308,8 @@ def _vmmcall(s: State) -> str | None:
 def _rsm(s: State) -> str | None:
     if not s.smm:
         return exception(s, UD)
+    if s.init_pending:
+        raise CannotKnow("INIT waits for the end of SMM")
     ended = rsm(s)
     if ended != QUEUED_UD:
         return ended

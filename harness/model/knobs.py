@@ -32,8 +32,8 @@ class Knobs:
         ON_DEMAND="when EFER.SVME is set",
     )
     alloc_failure: Literal["gp", "enomem"] = _knob(
-        "a guest's WRMSR of EFER.SVME when memory is short",
-        "kvm_emulate_wrmsr(), set_efer()",
+        "a guest's WRMSR of EFER.SVME when memory is short; all kernels from 5.10 on have enomem",
+        "kvm_emulate_wrmsr(), set_efer(); gp: the series as they were posted",
         gp="raises #GP",
         enomem="ends KVM_RUN with ENOMEM",
     )
@@ -106,8 +106,9 @@ class Knobs:
         vmcb02="decide what is loaded into vmcb02",
     )
     nested_state_control_bytes: Literal[256, 1024] = _knob(
-        "bytes of the control area that KVM_GET_NESTED_STATE gives",
-        "svm_get_nested_state(), nested_copy_vmcb_cache_to_control()",
+        "bytes of the control area that KVM_GET_NESTED_STATE gives; no kernel shows it, for all"
+        " clear the whole page first and have nothing to give beyond byte 256",
+        "svm_get_nested_state(): clear_user(); nested_copy_vmcb_cache_to_control()",
         **{"256": "of struct vmcb_control_area as it was", "1024": "the whole area"},
     )
     next_rip_cached: bool = _knob(
@@ -175,8 +176,11 @@ class Knobs:
         **{"32 bits": "-1 in the low half only", "64 bits": "-1 in all 64 bits"},
     )
     vmrun_drops_l1_events: bool = _knob(
-        "L1's pending exception and interrupt at VMRUN",
-        "enter_svm_guest_mode(), nested_svm_vmrun(): kvm_clear_exception_queue()",
+        "L1's pending exception and interrupt at VMRUN; the #DB of RFLAGS.TF is the only one that"
+        " can be, and is lost on all: with what a run of the guest clears before nested_run_pending"
+        " lets it in (6.1, 6.12), or not asked for (7.3)",
+        "nested_svm_vmrun(): kvm_clear_exception_queue() (5.10), kvm_skip_emulated_instruction();"
+        " svm_complete_interrupts(); svm_skip_emulated_instruction() (7.3)",
         false="are kept",
         true="are dropped",
     )
@@ -394,7 +398,8 @@ class Knobs:
 
     reset_leaves_nested: bool = _knob(
         "INIT while L2 runs", "kvm_vcpu_reset(), kvm_leave_nested()",
-        false="leaves guest mode only through EFER=0", true="leaves guest mode first",
+        false="forgets guest mode, and goes on by L2's nested page tables",
+        true="leaves guest mode first",
     )  # fmt: skip
 
     def but(self, **changes: Any) -> Knobs:

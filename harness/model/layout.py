@@ -19,7 +19,7 @@ from typing import Final
 from harness.model.operations import Instruction
 from harness.svm.intercepts import Intercept
 from harness.svm.msrs import Cr0, Cr4, Efer
-from harness.svm.smram import DEFAULT_SMBASE, SMM_ENTRY_OFFSET, SMRAM_STATE_OFFSET
+from harness.svm.smram import DEFAULT_SMBASE, SMM_ENTRY_OFFSET
 from harness.svm.vmcb import IOPM_SIZE, MSRPM_SIZE, VMCB_SIZE, SegAttrib
 
 Fields = Mapping[str, int]
@@ -54,7 +54,6 @@ IOPM_GPA: Final = SLOTS["iopm"].gpa
 NO_MEMORY_GPA: Final = 0x40_0000
 """A legal address, page-aligned, where there never is memory."""
 
-SMRAM_STATE_GPA: Final = DEFAULT_SMBASE + SMRAM_STATE_OFFSET
 SMM_ENTRY_GPA: Final = DEFAULT_SMBASE + SMM_ENTRY_OFFSET
 
 # Within BASE
@@ -82,6 +81,13 @@ NESTED_PML4_GPA: Final = 0x1_1000
 NESTED_PDPT_GPA: Final = 0x1_2000
 NESTED_PD_GPA: Final = 0x1_3000
 
+NESTED_HIGH_PD_GPA: Final = 0x1_4000
+NESTED_HIGH_PT_GPA: Final = 0x1_5000
+"""Of the nested tables only: they have memory at `RESET_VECTOR`, and L1 has none there."""
+RESET_VECTOR: Final = 0xFFFF_FFF0
+RESET_CODE_GPA: Final = 0x9FF0
+"""What the nested tables have there: a report, the same bytes in 16-bit code."""
+
 GDT_LIMIT: Final = 0x3F
 IDT_LIMIT: Final = 0xFFF
 KERNEL_CS: Final = 0x08
@@ -99,6 +105,7 @@ CR4_ON: Final = Cr4.of(PAE=1)
 EFER_ON: Final = Efer.of(LMA=1, LME=1)
 """L1 starts with SVME clear."""
 RFLAGS_ON: Final = 2
+RFLAGS_TF: Final = 1 << 8
 DR6_RESET: Final = 0xFFFF_0FF0
 DR7_RESET: Final = 0x400
 PAT_RESET: Final = 0x0007_0406_0007_0406

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from harness.model.memory import UNKNOWN
+from harness.model.roots import drop_roots
 from harness.model.state import NO_GPA, State
 
 
@@ -12,6 +13,8 @@ def leave_nested(s: State) -> None:
     if not s.guest_mode:
         return
     s.guest_mode = s.run_pending = False
+    # Whoever works on the vCPU renews them, for L1 must not go on without its own.
+    drop_roots(s)
     s.shadow_by_rsm = None
     if s.facts.vgif_on_l0:
         # V_GIF is the VMCB's, and that is L1's again.

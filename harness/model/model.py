@@ -21,6 +21,7 @@ from harness.model.nested_state import get_nested_state, set_nested_state
 from harness.model.operations import (
     Execute,
     GetNestedState,
+    Init,
     Instruction,
     Operation,
     Outcome,
@@ -38,6 +39,7 @@ from harness.model.operations import (
     WriteSaveArea,
     WriteVmcb,
 )
+from harness.model.roots import drop_roots
 from harness.model.rsm_registers import after_32, after_64
 from harness.model.run import kvm_run, prepare_entry
 from harness.model.seen import seen
@@ -126,6 +128,8 @@ def _execute(m: Model, what: Execute, extra: dict[str, Value]) -> str:
         # It would interrupt the instruction half-way: it interrupts the idle loop instead.
         s.regs["rip"] = UNKNOWN if real_mode else layout.IDLE_L1
         return kvm_run(s)
+    if what.trap:
+        return _execute_trapped(s, what)
     if real_mode or what.user:
         return _execute_apart(s, what)
     s.regs["rip"] = layout.snippet_gpa(what.instruction)
@@ -146,6 +150,21 @@ def _execute_apart(s: State, what: Execute) -> str:
     if not user:
         return perform(s, what.instruction) or kvm_run(s)
     return _execute_user(s, what)
+
+
+def _execute_trapped(s: State, what: Execute) -> str:
+    """Execute with RFLAGS.TF, which KVM has a part in only if it emulates the instruction."""
+    vmrun = what.instruction is Instruction.VMRUN and not (what.user or s.guest_mode)
+    if not vmrun or in_real_mode(s):
+        raise CannotKnow("RFLAGS.TF, and it is no VMRUN of L1")
+    s.regs["rip"] = layout.snippet_gpa(what.instruction)
+    ended = prepare_entry(s)
+    if ended:
+        return ended
+    if not can_execute(s):
+        raise CannotKnow("the guest runs with registers that the layout's code is not made for")
+    s.regs["rflags"] |= layout.RFLAGS_TF
+    return perform(s, what.instruction) or kvm_run(s)
 
 
 def _execute_user(s: State, what: Execute) -> str:
@@ -255,6 +274,11 @@ def _smi(m: Model, what: Smi, extra: dict[str, Value]) -> str:
     return "ok"
 
 
+def _init(m: Model, what: Init, extra: dict[str, Value]) -> str:
+    m.state.init_pending = True
+    return "ok"
+
+
 # The guest's memory
 
 
@@ -280,6 +304,8 @@ def _write_host_save(m: Model, what: WriteHostSave, extra: dict[str, Value]) -> 
 
 def _set_slot(m: Model, what: SetSlot, extra: dict[str, Value]) -> str:
     m.state.memory.set_present(what.what, what.present)
+    if not what.present:
+        drop_roots(m.state)
     return "ok"
 
 
@@ -293,6 +319,7 @@ _DO: Final[Mapping[type, Callable[[Model, Any, dict[str, Value]], str]]] = {
     SetNestedState: _set_nested_state,
     SetSmm: _set_smm,
     Smi: _smi,
+    Init: _init,
     WriteVmcb: _write_vmcb,
     WriteSaveArea: _write_save_area,
     WriteHostSave: _write_host_save,

@@ -12,6 +12,7 @@ from harness.model import layout
 from harness.model.areas import CONTROL, SAVE, VMCB, VMRUN_STATE, fitted
 from harness.model.checks import set_state_violations
 from harness.model.crs import is_legal_cr3
+from harness.model.errors import CannotKnow
 from harness.model.leave import leave_nested
 from harness.model.memory import UNKNOWN
 from harness.model.operations import GetNestedState, SetNestedState, Value
@@ -96,6 +97,8 @@ def set_nested_state(s: State, what: SetNestedState) -> str:
         # Checks took what the model does not know for 0; it is no more known for that.
         unknown = (n for n, value in s.kept.control.items() if value == UNKNOWN)
         s.control |= {n: UNKNOWN for n in unknown if f"control.{n}" not in what.changes}
+    if s.knobs.set_state_checks_cr3 and s.regs["cr3"] == UNKNOWN:
+        raise CannotKnow("CR3 is L1's or L2's, and KVM checks it")
     if s.knobs.set_state_checks_cr3 and not is_legal_cr3(s.regs["cr3"], s.facts):
         # Too late: the vCPU is in guest mode already.
         return "EINVAL"

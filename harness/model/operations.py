@@ -37,13 +37,14 @@ class Instruction(Enum):
 
 @dataclass(frozen=True)
 class Execute:
-    """One instruction in the current context, at CPL 0 unless `user`."""
+    """One instruction in the current context, at CPL 0 unless `user`; with RFLAGS.TF if `trap`."""
 
     instruction: Instruction
     rax: int = 0
     rcx: int = 0
     rdx: int = 0
     user: bool = False
+    trap: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,15 @@ class Smi:
 
 
 @dataclass(frozen=True)
+class Init:
+    """INIT comes: KVM_SET_VCPU_EVENTS with `smi.latched_init`. The next KVM_RUN takes it, if then.
+
+    It needs a local APIC in the kernel, which a machine has if its sequence has one of these; HLT
+    does not end KVM_RUN there.
+    """
+
+
+@dataclass(frozen=True)
 class WriteVmcb:
     """The host writes fields of a vmcb12 in the guest's memory."""
 
@@ -170,6 +180,7 @@ Operation = (
     | SetNestedState
     | SetSmm
     | Smi
+    | Init
     | WriteVmcb
     | WriteSaveArea
     | WriteHostSave

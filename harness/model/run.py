@@ -10,11 +10,13 @@ from typing import Final
 from harness.model import layout
 from harness.model.areas import DT, SEG
 from harness.model.checks import SILICON, cpu_violations
-from harness.model.crs import can_execute, in_real_mode
+from harness.model.crs import can_execute, in_real_mode, is_legal_cr3
 from harness.model.errors import CannotKnow
+from harness.model.init import take_init, takes_init
 from harness.model.instructions import perform
 from harness.model.memory import UNKNOWN
 from harness.model.operations import Instruction
+from harness.model.roots import note_entry
 from harness.model.smm import enter_smm
 from harness.model.state import IOIO_EXIT, State
 from harness.model.vmexit import vmexit
@@ -72,6 +74,8 @@ def _before_entry(s: State) -> str | None:
         ended = _triple_fault(s)
         if ended:
             return ended
+    if takes_init(s):
+        return take_init(s)
     if s.smi_pending and s.gif and not s.smm:
         _deliver_smi(s)
         if s.dead:
@@ -82,10 +86,17 @@ def _before_entry(s: State) -> str | None:
     if _waits_for_an_smi_for_ever(s):
         s.over = "it hangs"
         return "hang"
-    if not s.guest_mode and cpu_violations({}, s.regs, s.facts, s.facts.silicon):
-        # KVM_SET_SREGS has taken what the CPU does not.
+    if not s.guest_mode and _cpu_refuses_l1(s):
+        # KVM_SET_SREGS or RSM has taken what the CPU does not.
         return "fail entry"
     return None
+
+
+def _cpu_refuses_l1(s: State) -> bool:
+    # Of CR3 only L1's comes to the CPU unchecked.
+    cr3 = s.regs["cr3"]
+    illegal = cr3 != UNKNOWN and not is_legal_cr3(cr3, s.facts)
+    return illegal or bool(cpu_violations({}, s.regs, s.facts, s.facts.silicon))
 
 
 def _waits_for_an_smi_for_ever(s: State) -> bool:
@@ -150,11 +161,14 @@ def _enter_hardware(s: State) -> bool:
     s.regs |= s.after_run
     s.after_run = {}
     if not s.guest_mode:
+        note_entry(s)
         return True
     if NestedCtl(s.control["nested_ctl"]).NP_ENABLE and not s.memory.is_mapped(
         s.control["nested_cr3"] & ~0xFFF
     ):
         raise CannotKnow("KVM cannot load the root of L1's nested page tables")
+    if s.regs["cr0"] == UNKNOWN:
+        raise CannotKnow("CR0 of L2 is L1's or L2's, and the CPU checks it")
     if cpu_violations(s.control, s.regs, s.facts, s.facts.silicon):
         # What the CPU wrote into vmcb02 is reflected; QEMU's exit codes have 32 bits.
         wide = s.facts.silicon == SILICON

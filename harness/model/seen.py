@@ -30,6 +30,9 @@ LEFT_OUT: Final = {
 }
 """What is not predicted, and why."""
 
+STALE_ROOT: Final = "stale_root"
+"""Predicted where L1 goes on by a root of page tables that may not serve it, see `roots`."""
+
 _REGISTERS: Final = ("efer", "cr0", "cr3", "cr4", "rax")
 
 
@@ -40,10 +43,13 @@ def seen(s: State) -> dict[str, Value]:
         found |= {name: s.regs[name] for name in _REGISTERS}
         if not in_real_mode(s):
             found["rip"] = s.regs["rip"]
-        found |= {"smm": s.smm, "smi_pending": s.smi_pending}
+        found |= {"smm": s.smm, "smi_pending": s.smi_pending, "init_pending": s.init_pending}
         found["nested_bytes"] = s.nested.nested_bytes
         if is_offered(s):
             found |= _nested_state(s)
+    if s.stale_root:
+        # No machine shows it. It is why one that hangs has a name (`harness.crosscheck`).
+        found[STALE_ROOT] = True
     return {name: value for name, value in found.items() if value != UNKNOWN} | _memory(s)
 
 

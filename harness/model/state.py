@@ -56,6 +56,7 @@ class State:
     run_pending: bool = False
     pages_pending: bool = False
     smi_pending: bool = False
+    init_pending: bool = False
     triple_fault: bool = False
     vmcb12_gpa: int = 0
     anchor: int = NO_GPA
@@ -89,6 +90,10 @@ class State:
     """Whether TR still is the layout's, so that exceptions at CPL 3 find a stack."""
     smram_is_64: bool = True
     """Which form the save area in SMRAM has."""
+    l1_root: bool = False
+    """vmcb01 has a root of page tables that lives and maps L1's code, see `roots`."""
+    stale_root: bool = False
+    """L1 goes on by another root than that, and may do so for ever."""
     ran: bool = False
     dead: bool = False
     """The VM is dead: EIO from everything."""

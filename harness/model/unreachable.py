@@ -12,8 +12,6 @@ UNREACHABLE: Final[Mapping[str, str]] = {
     "alloc_failure": "no operation makes the host short of memory",
     "nested_state_control_bytes": "the bytes of which some kernels give more are 0 in all of them",
     "save_area": "what is read twice shows only if another CPU writes to vmcb12 in between",
-    "vmrun_drops_l1_events": "before an Execute the host sets the registers, which drops a queued "
-    "exception, and there are no interrupts",
-    "reset_leaves_nested": "there is no INIT: one vCPU, and no interrupt controller",
+    "vmrun_drops_l1_events": "nothing is pending at VMRUN but the #DB of RFLAGS.TF, which all lose",
 }
 """By the names of `Knobs`."""

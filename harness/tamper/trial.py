@@ -136,7 +136,9 @@ class _Going:
             # Once is enough: what is wrong mostly stays so.
             self._excused.add(name)
             kind = (operation_kind(operation), name)
-            deviation = recognise(self.deviations, kind, expected, seen, self._last.result)
+            deviation = recognise(
+                self.deviations, kind, expected, seen, self._last.result, said.seen
+            )
             if deviation is not None:
                 self.known.append(deviation.id)
                 continue

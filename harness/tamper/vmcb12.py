@@ -14,7 +14,6 @@ Changes = Mapping[str, int]
 
 _TEMPLATE: Final = layout.template_vmcb12()
 _VMRUN_WORD: Final = f"control.intercepts.{int(Intercept.INTERCEPT_VMRUN.word)}"
-_MISC_WORD: Final = f"control.intercepts.{int(Intercept.INTERCEPT_SHUTDOWN.word)}"
 _BEYOND: Final = 1 << 51
 _EFER: Final = int(layout.EFER_ON.replace(SVME=1))
 _NPT: Final = int(NestedCtl.of(NP_ENABLE=1))

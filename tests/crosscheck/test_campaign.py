@@ -45,7 +45,7 @@ class Fake:
 
 
 def campaign(knobs, machine, facts=FACTS):
-    return Campaign(knobs, lambda knobs: Model(knobs, facts), lambda: Fake(machine, facts))
+    return Campaign(knobs, lambda knobs: Model(knobs, facts), lambda _: Fake(machine, facts))
 
 
 def values_of(name):
@@ -130,7 +130,7 @@ def test_a_kernel_without_checks_is_found(monkeypatch, name):
             finally:
                 applying.pop()
 
-    pair = Campaign(knobs, lambda knobs: Model(knobs, FACTS), lambda: Broken(knobs))
+    pair = Campaign(knobs, lambda knobs: Model(knobs, FACTS), lambda _: Broken(knobs))
     found = (pair.run(sequence(0, number, "vmrun")).difference for number in range(30))
     assert next((each for each in found if each is not None), None) is not None
 
@@ -166,7 +166,7 @@ class Moody(Fake):
 def test_what_does_not_come_again_is_told_as_it_was():
     knobs = SETTINGS["6.1"]
     Moody.times = 0
-    pair = Campaign(knobs, lambda knobs: Model(knobs, FACTS), lambda: Moody(knobs))
+    pair = Campaign(knobs, lambda knobs: Model(knobs, FACTS), lambda _: Moody(knobs))
     operations = sequence(0, 0)
     checked = pair.run(operations)
     finding = pair.finding(operations, checked)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from harness.crosscheck.checker import check, state_class
 from harness.crosscheck.deviations import DEVIATIONS, Deviation
 from harness.model.operations import Execute, GetNestedState, Instruction, Outcome, Smi
+from harness.model.seen import STALE_ROOT
 
 NOP = Execute(Instruction.NOP)
 
@@ -105,6 +106,21 @@ def test_a_deviation_may_be_bound_to_a_result_and_end_a_sequence():
     assert (checked.difference, checked.steps) == (None, 1)
     checked = differ([outcome(rip=1)], [outcome(rip=2)], [NOP], deviations=[named])
     assert checked.difference is not None
+
+
+def test_a_deviation_may_need_what_the_model_has_predicted():
+    named = Deviation("test", "a test", "nowhere", ("NOP",), "result", predicted="stale_root")
+    for seen, known in [({"stale_root": True}, True), ({"stale_root": False}, False), ({}, False)]:
+        checked = differ([outcome("report", **seen)], [outcome("hang")], [NOP], deviations=[named])
+        assert (checked.difference is None) is known
+
+
+def test_l1_may_hang_only_where_its_root_is_stale():
+    write = Execute(Instruction.WRMSR)
+    for stale in (True, False):
+        model = outcome("report", **({STALE_ROOT: True} if stale else {}))
+        checked = differ([model], [outcome("hang")], [write], deviations=DEVIATIONS)
+        assert (checked.difference is None) is stale
 
 
 def test_another_difference_of_the_same_step_still_counts():

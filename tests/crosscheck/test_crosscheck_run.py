@@ -109,9 +109,14 @@ def test_what_the_kernel_complains_of_is_a_finding_of_its_sequence():
 KNOWN = "WARNING: CPU: 0 PID: 1 at arch/x86/kvm/x86.c:1 kvm_check_and_inject_events+0x286/0x4a0"
 
 
+GP = "WARNING: CPU: 0 PID: 68 at arch/x86/kvm/svm/svm.c:1888 gp_interception+0x3b/0x40 [kvm_amd]"
+
+
 @pytest.mark.parametrize(
     ("lines", "operations", "known"),
     [
+        ([GP], [SetNestedState(0x101, vmcb_pa=0x10_0000)], True),
+        ([GP], [SetNestedState(0x100)], False),
         ([KNOWN], [SetNestedState(0x101, vmcb_pa=0x40_0000)], True),
         ([KNOWN], [SetSlot("vmcb_a", False)], True),
         ([KNOWN], [SetSlot("vmcb_a", True), SetNestedState(0x101, vmcb_pa=0x10_0000)], False),

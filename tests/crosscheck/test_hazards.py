@@ -2,7 +2,14 @@
 
 import pytest
 
-from harness.crosscheck.hazards import Roots, drops_hsave, is_odd_mode, sets_lme_in_real_mode
+from harness.crosscheck.hazards import (
+    Roots,
+    drops_hsave,
+    is_odd_mode,
+    resets_under_l2,
+    sets_lme_in_real_mode,
+)
+from harness.model import layout
 from harness.model.operations import (
     Execute,
     Instruction,
@@ -41,6 +48,16 @@ def test_a_vmexit_does_not():
     assert not stale_after((RESTORE, True), (VMMCALL, False), (LEAVE, False))
 
 
+@pytest.mark.parametrize(
+    ("seen", "stale"), [({}, True), ({"smm": True}, False), ({"efer": 0x1500}, False)]
+)
+def test_wrmsr_of_l2_does_if_it_takes_svme_away(seen, stale):
+    roots = Roots()
+    roots.is_stale_after(VMRUN, Outcome("report", {"guest_mode": True}))
+    after = Outcome("report", {"guest_mode": False, "efer": 0x500} | seen)
+    assert roots.is_stale_after(Execute(Instruction.WRMSR), after) is stale
+
+
 def test_what_stays_in_l2_does_not():
     assert not stale_after((VMRUN, True), (RESTORE, True))
 
@@ -54,6 +71,26 @@ def test_rsm_with_svme_set_above_l2_drops_the_hsave_page(operation):
     for name, value in {"smm": False, "smram.svm_guest_flag": 0, "efer": 0}.items():
         assert not drops_hsave(operation, ABOVE_L2 | {name: value})
     assert not drops_hsave(VMMCALL, ABOVE_L2)
+
+
+NESTED = {
+    "init_pending": True,
+    "nested.control.nested_ctl": 1,
+    "nested.control.nested_cr3": layout.PML4_GPA,
+}
+
+
+def test_init_in_l2_on_other_nested_tables_than_the_layout_s():
+    assert resets_under_l2(Resume(), NESTED)
+    assert resets_under_l2(VMMCALL, NESTED)
+    assert not resets_under_l2(LEAVE, NESTED)
+    for changes in (
+        {"init_pending": False},
+        {"nested.control.nested_ctl": 0},
+        {"nested.control.nested_cr3": layout.NESTED_PML4_GPA},
+    ):
+        assert not resets_under_l2(Resume(), NESTED | changes)
+    assert not resets_under_l2(Resume(), {"init_pending": True})
 
 
 LONG = {"cr0": 0x8000_0031, "cr4": 0x20, "efer": 0x1500}

@@ -9,6 +9,7 @@ from harness.crosscheck.notation import BadNotation, from_plain, in_words, seque
 from harness.model.operations import (
     OPERATIONS,
     Execute,
+    Init,
     Instruction,
     SetNestedState,
     SetSlot,
@@ -19,7 +20,17 @@ MANY = [operation for number in range(200) for operation in sequence(7, number)]
 
 
 def test_every_kind_is_generated():
-    assert {type(operation) for operation in MANY} == set(OPERATIONS)
+    found = {type(operation) for operation in MANY}
+    found |= {type(operation) for number in range(20) for operation in sequence(7, number, "init")}
+    assert found == set(OPERATIONS)
+
+
+def test_init_is_generated_only_if_asked_for_and_then_without_hlt():
+    assert not any(isinstance(operation, Init) for operation in MANY)
+    for number in range(60):
+        operations = sequence(7, number, "init")
+        kinds = {getattr(each, "instruction", type(each)) for each in operations}
+        assert not {Init, Instruction.HLT} <= kinds
 
 
 def test_every_instruction_is_generated():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from harness.model.apm import ANSWERS, departures, who_left
+from harness.model.apm import ANSWERS, departures
 from harness.model.knobs import KNOBS, SETTINGS
 
 
@@ -23,9 +23,3 @@ def test_newer_kernels_depart_less():
     left = {name: {d.knob.name for d in departures(SETTINGS[name])} for name in ("5.10", "7.3")}
     assert left["7.3"] == {"smi_in_l2_exit_code", "stgi_without_svme"}
     assert len(left["5.10"]) > 10
-
-
-def test_of_two_kernels_it_says_which_left():
-    assert who_left("event_inj_after_exit", "written", "cleared") == (False, True)
-    assert who_left("clean_bits", "ignored", "vmcb02") == (True, True)
-    assert who_left("pages_request", "once", "until it succeeds") is None

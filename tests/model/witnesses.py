@@ -9,6 +9,7 @@ from harness.model.model import Model
 from harness.model.operations import (
     Execute,
     GetNestedState,
+    Init,
     Instruction,
     Resume,
     SetCpuid,
@@ -222,6 +223,7 @@ WITNESSES = {
     "l1_state_in_smm": one(*l2(), *SMI_IN_L2),
     "smi_in_l2_exit_code": one(*l2(), *SMI_IN_L2),
     "smi_in_l2_gif": one(*l2(), *SMI_IN_L2),
+    "reset_leaves_nested": one(*l2(control__nested_ctl=NestedCtl.NP_ENABLE.mask), Init(), Resume()),
     "enter_smm_failure": one(*l2(), SetSlot("hsave", False), *SMI_IN_L2),
     "intr_shadow_in_smram": one(
         *(*ON, SetNestedState(GM | GIF, vmcb_pa=A, changes={"control.int_state": 1}), *SMI_IN_L2)

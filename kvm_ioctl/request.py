@@ -12,7 +12,6 @@ import errno as errno_names
 import os
 import warnings
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, ClassVar, Generic, Self, TypeVar, overload
 
 from kvm_ioctl.capabilities import Cap
@@ -134,12 +133,7 @@ class Fd:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __del__(self) -> None:

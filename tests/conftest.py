@@ -40,6 +40,19 @@ def kvm():
 
 
 @pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A function that builds guest images into a cache of this test run."""
+    from guest_images import ElfClass, build
+
+    cache = tmp_path_factory.mktemp("images")
+
+    def get(name, elf_class=ElfClass.ELF64):
+        return build(name, elf_class, cache)
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def carried_images():
     """Have the guest images where `load_image` finds them."""
     with pytest.MonkeyPatch.context() as patch:

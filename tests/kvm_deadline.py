@@ -4,6 +4,8 @@ import contextlib
 import faulthandler
 import sys
 
+import pytest
+
 
 @contextlib.contextmanager
 def process_deadline(timeout_s):
@@ -13,3 +15,14 @@ def process_deadline(timeout_s):
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def deadline_of_each(timeout_s):
+    """Return a fixture for a conftest.py: each of its tests has so many seconds."""
+
+    @pytest.fixture(autouse=True)
+    def deadline():
+        with process_deadline(timeout_s):
+            yield
+
+    return deadline

@@ -6,9 +6,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import psutil
+import waiting
 
 from harness.host.bundle import tree_root
 from harness.host.qemu import QEMU
@@ -19,12 +19,8 @@ DEADLINE_S = 900
 
 
 def wait_until(condition, what, deadline_s=DEADLINE_S):
-    """Return the first true answer of `condition`; fail, naming `what`, when none comes."""
-    until = time.monotonic() + deadline_s
-    while not (answer := condition()):
-        assert time.monotonic() < until, f"waited {deadline_s} s: {what}"
-        time.sleep(0.02)
-    return answer
+    """Wait as `waiting.wait_until` does, for as long as the emulated host may take."""
+    return waiting.wait_until(condition, what, deadline_s)
 
 
 def nsvm(*arguments, **environment):

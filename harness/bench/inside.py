@@ -12,7 +12,6 @@ import select
 import subprocess
 import time
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Self
 
 from harness.bench.loops import IOCTL_BENCHMARKS, IoctlBenchmark, Work, refused_parts
@@ -53,12 +52,7 @@ class CSide:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait(_STOP_S)
         for pipe in (self._stdin, self._stdout):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from harness.bench.boot import BOOT_BENCHMARKS, run_boot_benchmarks
-from harness.bench.choose import ExpressionError, matching
 from harness.bench.crosscheck_loops import CROSSCHECK_NAMES
 from harness.bench.loops import IOCTL_BENCHMARKS
 from harness.bench.migrate_loops import MIGRATE_NAMES
@@ -21,6 +20,7 @@ from harness.errors import HostLost, NsvmError
 from harness.facts import HostView, kvm_device
 from harness.host.kernels import resolve
 from harness.host.session import Event, Host
+from harness.runner.expression import ExpressionError, matcher
 from harness.runner.hosts import HostChoice, make_host
 
 IOCTL_NAMES = tuple(benchmark.name for benchmark in IOCTL_BENCHMARKS)
@@ -116,15 +116,17 @@ def _work(side: dict[str, Any]) -> dict[str, int]:
     return {"done": side["done"], "witness": side["witness"]}
 
 
-def choose(names: str, hosts: tuple[str, ...]) -> tuple[str, ...]:
+def choose(expression: str, hosts: tuple[str, ...]) -> tuple[str, ...]:
     """Return the benchmarks that the expression chooses for these hosts.
 
     Raises ExpressionError: it cannot be read, or chooses none.
     """
-    chosen = matching(NAMES, names)
+    chosen = tuple(filter(matcher(expression), NAMES))
+    if not chosen:
+        raise ExpressionError(f"-k {expression!r} chooses none of {', '.join(NAMES)}")
     if "emulated" not in hosts and not set(chosen) - set(BOOT_BENCHMARKS):
         raise ExpressionError(f"{', '.join(chosen)}: only on the emulated host")
-    return tuple(chosen)
+    return chosen
 
 
 def run(wanted: Wanted, log: Callable[[str], None] = lambda text: None) -> Report:

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from harness.bench.suite import Wanted, choose, run
 from harness.bench.table import as_json, show
-from harness.commands.options import host_choice, kernel_options, require_writable, write_json
+from harness.commands.options import expression_option, host_choice, kernel_options
+from harness.commands.output import deliver, json_option, log, require_writable
 from harness.runner.hosts import DEFAULT_KERNEL
 
 _HOSTS = {"local": ("local",), "emulated": ("emulated",), "both": ("local", "emulated")}
@@ -30,8 +31,8 @@ _STATUS_ERROR = 2
     show_default=True,
     help="Repetitions of each; cold boots and the memory split, being slow, take fewer.",
 )
-@click.option("-k", "expression", default="", metavar="EXPR", help="Only benchmarks that match.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@expression_option("benchmarks")
+@json_option
 def command(
     host: str,
     kernel: str | None,
@@ -55,9 +56,10 @@ def command(
     choice = host_choice("local" if host == "local" else "emulated", kernel, modules)
     choice.resolved()  # refuses a kernel where there is no emulated host to boot it
     wanted = Wanted(hosts, choice.kernel or DEFAULT_KERNEL, repeat, chosen, modules=modules)
-    report = run(wanted, log=lambda text: click.echo(f"nsvm: {text}", err=True))
-    if json_file is not None:
-        write_json(json_file, as_json(report, time.monotonic() - started))
-    if json_file is None or str(json_file) != "-":
-        show(report, Console(highlight=False))
+    report = run(wanted, log=log)
+    deliver(
+        json_file,
+        as_json(report, time.monotonic() - started),
+        lambda: show(report, Console(highlight=False)),
+    )
     sys.exit(_STATUS_ERROR if report.errors else 0)

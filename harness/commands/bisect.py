@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from harness.commands.options import expression_option
 from harness.host.debian_kernels import KernelOffer, matching
 from harness.host.kernels import list_kernels
 from harness.runner.bisection import Answer, BisectError, Turn, bisect
@@ -22,7 +23,7 @@ _NSVM = (sys.executable, "-m", "harness")
 @click.command("bisect")
 @click.option("--good", required=True, metavar="SPEC", help="A kernel on which the cases pass.")
 @click.option("--bad", required=True, metavar="SPEC", help="One on which something fails.")
-@click.option("-k", "expression", default="", metavar="EXPR", help="Cases that match.")
+@expression_option()
 @click.option("--case", "cases", multiple=True, metavar="ID", help="This case. Repeatable.")
 @click.option("--repeat", type=click.IntRange(min=1), default=1, metavar="N",
               help="Try each kernel N times, until it fails: for what fails at times.")  # fmt: skip
@@ -63,6 +64,10 @@ def command(
     if repeat > 1:
         arguments += ["--repeat", str(repeat), "--until-fail"]
     arguments += ["--shared"] if shared else []
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BisectError(f"cannot make {directory}: {e.strerror}") from e
     click.echo(f"{len(offers)} kernels; results in {directory}")
     try:
         turn = bisect([o.release for o in offers], lambda name: _test(name, directory, arguments))

@@ -6,22 +6,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
-from _pytest.mark.expression import Expression
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from harness.commands.options import expression_option
+from harness.commands.output import wide_console
 from harness.report.comparison import Cell, Comparison, Row, RunResults, compare, read_run, titles
 from harness.report.verdict import Verdict
+from harness.runner.expression import matcher
 from harness.runner.known_issues import load as load_known_issues
-
-_WIDTH = 200
-"""Columns, where the output is no terminal: a case's name is not to be broken."""
 
 
 @click.command("compare")
 @click.argument("directories", nargs=-1, type=click.Path(path_type=Path), metavar="RESULTS_DIR...")
-@click.option("-k", "expression", default="", metavar="EXPR", help="Only cases that match.")
+@expression_option()
 def command(directories: tuple[Path, ...], expression: str) -> None:
     """Compare the results of two runs or more: the cases that ended differently, and why.
 
@@ -37,30 +36,11 @@ def command(directories: tuple[Path, ...], expression: str) -> None:
     wanted = matcher(expression)
     runs = [read_run(directory) for directory in directories]
     found = compare(runs, wanted)
-    terminal = Console(highlight=False)
-    console = terminal if terminal.is_terminal else Console(highlight=False, width=_WIDTH)
+    console = wide_console()
     if found.rows:
         console.print(_table(found, titles(runs)))
         _print_reasons(console, found.rows, titles(runs))
     _print_counts(console, found, runs, wanted)
-
-
-def matcher(expression: str) -> Callable[[str], bool]:
-    """Return what tells whether a case matches, by pytest's rules for -k.
-
-    Raises click.UsageError: the expression is none.
-    """
-    if not expression:
-        return lambda case: True
-    try:
-        compiled = Expression.compile(expression)
-    except SyntaxError as e:
-        raise click.UsageError(f"-k {expression}: at column {e.offset}: {e.msg}") from None
-
-    def matches(case: str) -> bool:
-        return compiled.evaluate(lambda name, /, **_: name.lower() in case.lower())
-
-    return matches
 
 
 def _table(found: Comparison, names: Sequence[str]) -> Table:

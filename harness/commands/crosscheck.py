@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.commands.crosscheck_run import CrosscheckRun, Plan, Report
-from harness.commands.options import host_choice, host_options, require_writable, write_json
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import deliver, json_option, log, print_host, require_writable
 from harness.crosscheck.complaints import COMPLAINTS
 from harness.crosscheck.deviations import DEVIATIONS
 from harness.crosscheck.generator import AREAS
@@ -41,7 +42,7 @@ from harness.runner.hosts import make_host
     default=Path(),
     help="Where findings are written; by default here.",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @host_options
 def command(
     steps: int,
@@ -65,27 +66,21 @@ def command(
     require_writable(json_file)
     if not bundles.is_dir():
         raise HostError(f"no directory {bundles}")
-    with make_host(host_choice(host, kernel, modules), log=_log) as where:
+    with make_host(host_choice(host, kernel, modules), log=log) as where:
         session = where.start()
         setting = chosen(words, str(where.describe()["kernel_release"]))
-        _log(f"kernel {where.describe()['kernel_release']}, knobs of {setting}")
+        log(f"kernel {where.describe()['kernel_release']}, knobs of {setting}")
         plan = Plan(steps, seed, focus, setting, memory)
-        report = CrosscheckRun(where, plan, _log, lambda each: each.write(_file(each, bundles))).go(
+        report = CrosscheckRun(where, plan, log, lambda each: each.write(_file(each, bundles))).go(
             session
         )
         described = where.describe()
-    if json_file is not None:
-        write_json(
-            json_file,
-            {"host": described, "knobs": str(setting), "seed": seed, **report.to_plain()},
-        )
-    if json_file is None or str(json_file) != "-":
-        _print(report, described, str(setting), bundles)
+    deliver(
+        json_file,
+        {"host": described, "knobs": str(setting), "seed": seed, **report.to_plain()},
+        lambda: _print(report, described, str(setting), bundles),
+    )
     sys.exit(exit_status([report.verdict]))
-
-
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
 
 
 def _file(bundle: Bundle, where: Path) -> Path:
@@ -99,8 +94,7 @@ def _print(report: Report, host: dict[str, Any], setting: str, where: Path) -> N
     def say(text: str) -> None:
         console.print(text, markup=False)
 
-    say(f"kernel       {host['kernel_release']}  ({host['kernel_origin']})")
-    say(f"host         {host['kind']}: {host['silicon']}")
+    print_host(console, host, 13)
     say(f"knobs        {setting}")
     for bundle in report.bundles:
         say("")

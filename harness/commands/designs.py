@@ -8,13 +8,13 @@ from typing import Any, Final
 
 import click
 
-from harness.commands.options import require_writable, write_json
-from harness.errors import HostError, HostLost
+from harness.commands.output import json_option, log, require_writable, write_json, write_text
 from harness.host.debian_kernels import fetch_kernel
 from harness.host.kernel_build import find_variant
+from harness.host.session import Session
 from harness.identify.report import Report
 from harness.model.knobs import KNOBS
-from harness.runner.hosts import DEFAULT_KERNEL, HostChoice, make_host
+from harness.runner.hosts import DEFAULT_KERNEL, HostChoice, make_host, on_session
 
 TODAY: Final = "today"
 _DESIGNS: Final = {
@@ -30,7 +30,7 @@ _TIMEOUT_S = 600.0
 @click.option("--vcpus", type=click.IntRange(1, 64), default=8, show_default=True)
 @click.option("--toggles", type=click.IntRange(1), default=200, show_default=True)
 @click.option("--vmruns", type=click.IntRange(1), default=10, show_default=True, metavar="PROGRAMS")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @click.option("--markdown", type=click.Path(path_type=Path), help="The document, in place of text.")
 def command(
     spec: str,
@@ -59,46 +59,24 @@ def command(
         write_json(json_file, {"kernel": spec, "designs": found})
     text = document(found)
     if markdown is not None:
-        _write(markdown, text)
+        write_text(markdown, text)
     elif json_file is None or str(json_file) != "-":
         click.echo(text, nl=False)
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise HostError(f"cannot write {path}: {e.strerror}") from e
-
-
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
-
-
 def _measured(spec: str, vcpus: int, toggles: int, vmruns: int) -> dict[str, Any]:
-    with make_host(HostChoice("emulated", spec), log=_log) as host:
-        for last in (False, True):
-            try:
-                session = host.start()
-                measured = session.call(
-                    "harness.bench.designs:measure_design", timeout_s=_TIMEOUT_S,
-                    vcpus=vcpus, toggles=toggles, vmruns=vmruns,
-                ).unwrap("measuring")  # fmt: skip
-                battery = session.call("harness.identify.calls:run_battery", timeout_s=_TIMEOUT_S)
-                knobs = Report.from_plain(battery.unwrap("the battery"))
-                return {
-                    **measured,
-                    "host": host.describe(),
-                    "knobs": {
-                        n: f.to_plain()["value"] for n, f in knobs.findings.items() if f.seen
-                    },
-                }
-            except HostLost as lost:
-                # An emulated host hangs now and then, with nothing running at all.
-                if last or not lost.silent:
-                    raise
-                _log(f"{lost}; once more")
-    raise AssertionError("unreachable")
+    def measure(session: Session) -> tuple[dict[str, Any], Report]:
+        measured = session.call(
+            "harness.bench.designs:measure_design", timeout_s=_TIMEOUT_S,
+            vcpus=vcpus, toggles=toggles, vmruns=vmruns,
+        ).unwrap("measuring")  # fmt: skip
+        battery = session.call("harness.identify.calls:run_battery", timeout_s=_TIMEOUT_S)
+        return measured, Report.from_plain(battery.unwrap("the battery"))
+
+    with make_host(HostChoice("emulated", spec), log=log) as host:
+        measured, report = on_session(host, measure, log)
+        knobs = {n: f.to_plain()["value"] for n, f in report.findings.items() if f.seen}
+        return {**measured, "host": host.describe(), "knobs": knobs}
 
 
 def document(found: Mapping[str, Mapping[str, Any]]) -> str:

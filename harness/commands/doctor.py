@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from harness.commands.options import host_choice, host_options
+from harness.commands.output import log
 from harness.doctor import Inside, collect, collect_inside, render
 from harness.errors import HostError
 from harness.facts import Answer
@@ -43,7 +44,6 @@ def command(as_json: bool, host: str, kernel: str | None, modules: Path | None) 
 
 def _ask_inside(choice: HostChoice) -> Inside:
     """Return the host's answers, or as the only one why it did not start."""
-    log = lambda text: click.echo(f"nsvm: {text}", err=True)  # noqa: E731
     try:
         with make_host(choice, log=log) as host:
             return collect_inside(host)

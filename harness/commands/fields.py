@@ -11,10 +11,17 @@ from typing import Any, Final
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from harness.commands.options import host_choice, host_options, require_writable, write_json
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import (
+    deliver,
+    json_option,
+    log,
+    print_host,
+    progress_bar,
+    require_writable,
+)
 from harness.crosscheck.settings import Setting, chosen
 from harness.errors import HostLost
 from harness.fields.known import issue_of
@@ -36,7 +43,7 @@ _SHOWN: Final = 60
 @click.option("--knobs", "words", multiple=True, metavar="SETTING|KNOB=VALUE",
               help="What the model is like; by default by the kernel's release.")  # fmt: skip
 @click.option("--all-fields", is_flag=True, help="Show fields too that are always taken.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @host_options
 def command(
     names: tuple[str, ...],
@@ -55,19 +62,16 @@ def command(
     """
     require_writable(json_file)
     wanted = fields_named(names)
-    with make_host(host_choice(host, kernel, modules), log=_log) as where:
+    with make_host(host_choice(host, kernel, modules), log=log) as where:
         tried = _Tried(where, words)
         tried.run(wanted)
         report = _report(tried, where)
-    if json_file is not None:
-        write_json(json_file, report | {"rows": [row.to_json() for row in tried.rows]})
-    if json_file is None or str(json_file) != "-":
-        _print(report, tried.rows, all_fields)
+    deliver(
+        json_file,
+        report | {"rows": [row.to_json() for row in tried.rows]},
+        lambda: _print(report, tried.rows, all_fields),
+    )
     sys.exit(exit_status([Verdict(report["verdict"])]))
-
-
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
 
 
 @dataclass
@@ -90,14 +94,13 @@ class _Tried:
     def run(self, fields: list[str]) -> None:
         """Run fields; one that kills its host is run again, cell by cell."""
         started = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        with progress_bar() as progress:
             task = progress.add_task("fields", total=len(fields))
             waiting = list(fields)
             while waiting:
                 waiting = self._call(waiting, lambda: progress.advance(task))
                 if waiting:
-                    _log(f"the host was lost in {waiting[0]}: once more, value by value")
+                    log(f"the host was lost in {waiting[0]}: once more, value by value")
                     self._one_by_one(waiting.pop(0))
                     progress.advance(task)
         self.seconds = time.monotonic() - started
@@ -181,9 +184,7 @@ def _report(tried: _Tried, host: Host) -> dict[str, Any]:
 
 def _print(report: dict[str, Any], rows: Sequence[Row], all_fields: bool) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    host = report["host"]
-    console.print(f"kernel     {host['kernel_release']}  ({host['kernel_origin']})")
-    console.print(f"host       {host['kind']}: {host['silicon']}")
+    print_host(console, report["host"], 11)
     console.print(f"model      {report['setting']}")
     console.print(_table(lines(rows), all_fields))
     console.print(_LEGEND, soft_wrap=False)

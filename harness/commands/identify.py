@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from harness.commands.options import host_choice, host_options, require_writable, write_json
-from harness.errors import HostLost
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import deliver, json_option, log, print_host, require_writable
 from harness.host.session import CallResult, Session
 from harness.identify.changes import Change, changes
 from harness.identify.finding import Finding
 from harness.identify.report import Report
 from harness.model.knobs import KNOBS
 from harness.probe.kmsg import splats
-from harness.runner.hosts import HostChoice, make_host
+from harness.runner.hosts import HostChoice, make_host, on_session
 
 _TIMEOUT_S = 300.0
 _WITHOUT_NESTED = {"nested": "0"}
@@ -52,7 +53,7 @@ class Identity:
 
 @click.command("identify")
 @click.option("--compare", nargs=2, metavar="A B", help="Two kernels: what changed between them.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @host_options
 def command(
     compare: tuple[str, str] | None,
@@ -77,17 +78,12 @@ def command(
             "kernels": [one.to_plain(), other.to_plain()],
             "changes": [each.to_plain() for each in changed],
         }
+        show = partial(_print_changes, one, other, changed)
     else:
         one = _identified(host_choice(host, kernel, modules))
         plain = one.to_plain()
-    if json_file is not None:
-        write_json(json_file, plain)
-    if json_file is not None and str(json_file) == "-":
-        return
-    if compare is not None:
-        _print_changes(one, other, changed)
-    else:
-        _print_identity(one)
+        show = partial(_print_identity, one)
+    deliver(json_file, plain, show)
 
 
 def _refuse_host_options(host: str, kernel: str | None, modules: Path | None) -> None:
@@ -95,23 +91,12 @@ def _refuse_host_options(host: str, kernel: str | None, modules: Path | None) ->
         raise click.UsageError("--compare names its kernels itself: no --host, --kernel, --modules")
 
 
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
-
-
 # The battery on a host
 
 
 def _identified(choice: HostChoice) -> Identity:
-    with make_host(choice, log=_log) as where:
-        try:
-            result = _battery(where.start())
-        except HostLost as e:
-            if not e.silent:
-                raise
-            # The emulated host hangs now and then, with nothing running at all.
-            _log(f"{e}; once more")
-            result = _battery(where.start())
+    with make_host(choice, log=log) as where:
+        result = on_session(where, _battery, log)
         plain = result.unwrap("the battery")
         described = where.describe()
     report = Report.from_plain([*plain, *_without_nested(choice)])
@@ -127,7 +112,7 @@ def _without_nested(choice: HostChoice) -> list[dict[str, Any]]:
     """Return what a kvm_amd with nested=0 shows, where one can be loaded for the purpose."""
     if choice.resolved() != "emulated":
         return []
-    with make_host(choice, _WITHOUT_NESTED, _log) as where:
+    with make_host(choice, _WITHOUT_NESTED, log) as where:
         result = where.start().call(
             "harness.identify.calls:run_experiment", timeout_s=_TIMEOUT_S, name=_NEEDS_NESTED_0
         )
@@ -161,9 +146,7 @@ def _row(finding: Finding) -> tuple[Text, Text]:
 
 
 def _print_head(console: Console, identity: Identity) -> None:
-    host = identity.host
-    console.print(f"kernel   {host['kernel_release']}  ({host['kernel_origin']})", markup=False)
-    console.print(f"host     {host['kind']}: {host['silicon']}", markup=False)
+    print_host(console, identity.host, 9)
     console.print(f"fits     {identity.report.fit()}", markup=False, soft_wrap=True)
     for line in identity.kernel_log:
         console.print(f"kernel log   {line}", markup=False, soft_wrap=True)

@@ -8,12 +8,8 @@ from typing import Any
 
 import click
 
-from harness.commands.options import (
-    host_choice,
-    host_options,
-    require_writable,
-    write_json,
-)
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import deliver, json_option, log, require_writable
 from harness.errors import HostError
 from harness.migrate.orders import NAMED
 from harness.report.verdict import Verdict, exit_status
@@ -33,7 +29,7 @@ _SHOWN = 12
     show_default=True,
     help="In which the parts of a vCPU are restored.",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @host_options
 def command(
     file: Path,
@@ -54,7 +50,7 @@ def command(
     except OSError as e:
         raise HostError(f"cannot read {file}: {e.strerror}") from e
     choice = host_choice(host, kernel, modules)
-    with make_host(choice, log=lambda text: click.echo(f"nsvm: {text}", err=True)) as where:
+    with make_host(choice, log=log) as where:
         result = where.start().call(
             "harness.storm.calls:arrive_at", timeout_s=_TIMEOUT_S, stream=pack(data), order=order
         )
@@ -62,10 +58,7 @@ def command(
             raise HostError(f"{file}: {result.error['message']}")
         row: dict[str, Any] = result.unwrap(f"loading {file}")
         row["kernel"] = where.describe()["kernel_release"]
-    if json_file is not None:
-        write_json(json_file, row)
-    if json_file is None or str(json_file) != "-":
-        _print(row)
+    deliver(json_file, row, lambda: _print(row))
     sys.exit(exit_status([Verdict.PASS if row["verdict"] == "works" else Verdict.FAIL]))
 
 

@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from harness.commands.options import host_choice, host_options, require_writable, write_json
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import deliver, json_option, log, print_host, require_writable
 from harness.host.session import CallResult, Host
 from harness.probe.kmsg import new_taints, splats
 from harness.report.verdict import Verdict, exit_status
@@ -32,7 +33,7 @@ MAX_VCPUS = 64
 )
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True)
 @click.option("--timeout", "timeout_s", type=float, default=300.0, show_default=True, metavar="S")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @host_options
 def command(
     vcpus: int,
@@ -52,7 +53,7 @@ def command(
     """
     require_writable(json_file)
     choice = host_choice(host, kernel, modules)
-    with make_host(choice, log=lambda text: click.echo(f"nsvm: {text}", err=True)) as where:
+    with make_host(choice, log=log) as where:
         session = where.start()
         result = session.call(
             "harness.inside:measure_nested_memory",
@@ -63,10 +64,7 @@ def command(
             rounds=rounds,
         )
         report = _report(where, result)
-    if json_file is not None:
-        write_json(json_file, report)
-    if json_file is None or str(json_file) != "-":
-        _print(report)
+    deliver(json_file, report, lambda: _print(report))
     sys.exit(exit_status([Verdict(report["verdict"])]))
 
 
@@ -86,9 +84,7 @@ def _report(host: Host, result: CallResult) -> dict[str, Any]:
 
 def _print(report: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    host = report["host"]
-    console.print(f"kernel   {host['kernel_release']}  ({host['kernel_origin']})")
-    console.print(f"host     {host['kind']}: {host['silicon']}")
+    print_host(console, report["host"], 9)
     if "probes" not in report:
         console.print(f"verdict  {report['verdict']}: {report.get('reason', '')}")
         return

@@ -12,18 +12,21 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from harness.commands.options import host_choice, host_options, require_writable, write_json
-from harness.commands.storms import log, storm
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import log, require_writable, write_json
+from harness.commands.storms import storm
 from harness.network.shape import LinkShape
 from harness.network.wire import best_shaper
 from harness.report.verdict import Verdict, exit_status
 from harness.runner import matrix as kernels_matrix
 from harness.runner.hosts import HostChoice, make_host
+from harness.runner.known_issues import load as load_known_issues
 from harness.storm.places import PLACES
 
 _TARGET = "harness.storm.calls:storm"
 _PER_MOVE_S = 30.0
 _MARKS = {"works": "works", "refused": "refused", "differs": "DIFFERS", "no twin": "no twin"}
+_KNOWN = "known"
 
 
 @click.command("migrate")
@@ -64,8 +67,8 @@ def command(
     one host to another one. A HOST is a kernel for an emulated one, this machine (local), or
     ssh:NAME, a machine of the lab.
 
-    Exit status: 0 nothing diverged, 1 something did (in the table: a machine differs afterwards; a
-    refusal is an answer), 2 a host broke.
+    Exit status: 0 nothing diverged, 1 something did (in the table: a machine differs afterwards,
+    for no known issue; a refusal is an answer), 2 a host broke.
     """
     require_writable(json_file)
     if [moves, specs, source].count(None) != 2:
@@ -182,7 +185,8 @@ def _matrix_verdict(rows: Sequence[kernels_matrix.Row]) -> Verdict:
     verdicts = {row["verdict"] for row in rows}
     if verdicts - set(_MARKS):
         return Verdict.ERROR
-    return Verdict.FAIL if "differs" in verdicts else Verdict.PASS
+    differing = [row for row in rows if row["verdict"] == "differs"]
+    return Verdict.FAIL if any("issue" not in row for row in differing) else Verdict.PASS
 
 
 def _print_matrix(report: dict[str, Any]) -> None:
@@ -199,8 +203,13 @@ def _print_matrix(report: dict[str, Any]) -> None:
     for row in report["rows"]:
         if row["verdict"] != "works":
             console.print(_said(row), markup=False, soft_wrap=True)
+    for line in _issue_lines(report["rows"]):
+        console.print(line, markup=False, soft_wrap=True)
     counts = ", ".join(f"{n} {verdict}" for verdict, n in kernels_matrix.verdicts(report["rows"]))
-    console.print(f"{counts} in {report['seconds']:.0f} s")
+    known = sum("issue" in row for row in report["rows"])
+    console.print(
+        f"{counts}{f', {known} of them known' if known else ''} in {report['seconds']:.0f} s"
+    )
     if report["link"] is not None:
         console.print(
             f"live over {report['link']['shape']}, by {report['link']['shaper']}", soft_wrap=True
@@ -210,7 +219,18 @@ def _print_matrix(report: dict[str, Any]) -> None:
 def _said(row: kernels_matrix.Row) -> str:
     """Return a row in words; of the reason its first line, all of it is in the JSON."""
     way = f"{row['from']} to {row.get('to', '-')} by {row['way']}"
-    return f"{row['place']}, {way}: {row['verdict']}: {row['why'].partition(chr(10))[0]}"
+    known = f" (known: {row['issue']})" if "issue" in row else ""
+    return f"{row['place']}, {way}: {row['verdict']}{known}: {row['why'].partition(chr(10))[0]}"
+
+
+def _issue_lines(rows: Sequence[kernels_matrix.Row]) -> list[str]:
+    """Return a line for each known issue that showed: what the kernel does, and why."""
+    shown = {row["issue"] for row in rows if "issue" in row}
+    return [
+        f"* {issue.id}: {issue.behaviour}. {issue.reason}."
+        for issue in load_known_issues()
+        if issue.id in shown
+    ]
 
 
 def _mark(
@@ -219,6 +239,6 @@ def _mark(
     key = (way, place, source, target)
     for row in rows:
         if (row["way"], row["place"], row["from"], row.get("to")) == key:
-            mark = str(_MARKS.get(row["verdict"], row["verdict"]))
+            mark = _KNOWN if "issue" in row else str(_MARKS.get(row["verdict"], row["verdict"]))
             return mark + (" *" if row.get("changed_count") else "")
     return ""

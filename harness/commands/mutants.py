@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from harness.commands.compare import matcher
 from harness.commands.list import all_scenarios
 from harness.commands.mutants_run import Bugged, Work, run_with, run_without
-from harness.commands.options import require_writable, write_json
+from harness.commands.options import expression_option
+from harness.commands.output import json_option, log, require_writable, wide_console, write_json
 from harness.errors import HarnessError, NsvmError
 from harness.host.debian_kernels import fetch_kernel
 from harness.host.kernel_build import Variant, variants
@@ -32,6 +31,7 @@ from harness.repro.mutants import (
 )
 from harness.repro.races import race_name
 from harness.repro.table import load
+from harness.runner.expression import matcher
 from harness.runner.hosts import DEFAULT_KERNEL
 from harness.runner.run import new_directory
 from harness.scenarios.case import Case, cases_of
@@ -46,7 +46,7 @@ _RACE_S = 5.0
 @click.command("mutants")
 @click.option("--from", "spec", default=DEFAULT_KERNEL, show_default=True, metavar="SPEC")
 @click.option("--select", "names", multiple=True, metavar="VARIANT", help="Only these. Repeatable.")
-@click.option("-k", "expression", default="", metavar="EXPR", help="Only cases that match.")
+@expression_option()
 @click.option("--all-cases", is_flag=True, help="Every case, not one of each scenario.")
 @click.option(
     "--enough",
@@ -85,7 +85,7 @@ _RACE_S = 5.0
     metavar="FILE",
     help="What the kernel without a bug does: without.json of an earlier run's results.",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @click.option("--results", type=click.Path(path_type=Path), metavar="DIR", help="Default: results/")
 def command(
     spec: str,
@@ -120,18 +120,18 @@ def command(
     cases = _cases(expression, chosen, all_cases=all_cases)
     work = Work(cases, steps, seed, limit, race_s, peers)
     directory = results or new_directory()
-    _log(f"{len(chosen)} variants, {len(work.cases)} cases each; results in {directory}")
+    log(f"{len(chosen)} variants, {len(work.cases)} cases each; results in {directory}")
     before = _before(spec, work, directory, without)
     mutants, errors = [], []
     for variant in chosen:
         try:
-            run = run_with(_on(spec, variant), work, before, directory / variant.name, _log)
+            run = run_with(_on(spec, variant), work, before, directory / variant.name, log)
         except NsvmError as e:
             errors.append(f"{variant.name}: {e}")
-            _log(errors[-1])
+            log(errors[-1])
         else:
             mutants.append(compare(variant, before, run, _own(variant)))
-            _log(_in_short(mutants[-1]))
+            log(_in_short(mutants[-1]))
         if json_file is not None and str(json_file) != "-":
             # As it happens: a long run that is cut short has its score so far.
             write_json(json_file, _plain(spec, work, mutants, errors))
@@ -200,7 +200,7 @@ def _own(bug: Variant) -> set[str]:
 def _selftests(spec: str) -> Mapping[str, Path]:
     built = build_selftests(fetch_kernel(spec))
     for name, why in built.unbuilt.items():
-        _log(f"selftest {name} could not be built: {why}")
+        log(f"selftest {name} could not be built: {why}")
     return built.programs
 
 
@@ -208,10 +208,6 @@ def _status(mutants: Sequence[Mutant], errors: Sequence[str]) -> int:
     if errors or not mutants:
         return _STATUS_BROKE
     return 0 if all(mutant.noticed for mutant in mutants) else _STATUS_MISSED
-
-
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
 
 
 # Without a bug
@@ -231,7 +227,7 @@ def _before(spec: str, work: Work, directory: Path, file: Path | None) -> Kernel
         if work.selftests is not None and before.peers is None:
             raise HarnessError(f"{file}: the selftests did not run")
         return before
-    before = run_without(spec, work, directory / "without", _log)
+    before = run_without(spec, work, directory / "without", log)
     before.save(directory / "without.json", spec)
     return before
 
@@ -249,8 +245,7 @@ def _in_short(mutant: Mutant) -> str:
 
 
 def _print(mutants: Sequence[Mutant], errors: Sequence[str]) -> None:
-    terminal = Console(highlight=False)
-    console = terminal if terminal.is_terminal else Console(highlight=False, width=160)
+    console = wide_console()
     with_peers = any(mutant.peers is not None for mutant in mutants)
     table = Table("bug", "area", "cases", "for example", "cross-check")
     if with_peers:

@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from harness.commands.options import host_choice, host_options, require_writable, write_json
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import deliver, json_option, log, require_writable
 from harness.nest.plan import Inner, Plan, Vmm
 from harness.qemu_vmm.over import Over
 from harness.report.verdict import Verdict, exit_status
@@ -101,7 +102,7 @@ _MEMORY_COLUMNS = {
     type=click.Path(path_type=Path, file_okay=False),
     help="Directory for the consoles and kernel logs of all levels.",
 )
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @host_options
 def command(
     depth: int,
@@ -153,16 +154,9 @@ def command(
         Vmm(vmm),
         Over(move_over),
     )
-    report = nest(host_choice(host, kernel, modules), plan, guest_kernel, _tell, consoles)
-    if json_file is not None:
-        write_json(json_file, report)
-    if json_file is None or str(json_file) != "-":
-        _print(report)
+    report = nest(host_choice(host, kernel, modules), plan, guest_kernel, log, consoles)
+    deliver(json_file, report, lambda: _print(report))
     sys.exit(exit_status([Verdict(report["verdict"])]))
-
-
-def _tell(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
 
 
 def _print(report: dict[str, Any]) -> None:

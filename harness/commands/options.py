@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from harness.errors import HostError
 from harness.host.lab_file import parameter
+from harness.runner.expression import ExpressionError, matcher
 from harness.runner.hosts import HostChoice, host_name
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -108,33 +106,17 @@ def host_choice(host: str, kernel: str | None, modules: Path | None) -> HostChoi
     return HostChoice(host, kernel, modules, meta.get(_LAB), meta.get(_PARAMS, ()))
 
 
-def require_writable(path: Path | None) -> None:
-    """Check, before anything is measured, that `write_json` can do its part.
-
-    Raises:
-        HostError: it cannot: no such directory, a directory itself, or no permission.
-    """
-    if path is None or str(path) == "-":
-        return
-    if not path.parent.is_dir():
-        raise HostError(f"cannot write {path}: no directory {path.parent}")
-    if path.is_dir():
-        raise HostError(f"cannot write {path}: it is a directory")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise HostError(f"cannot write {path}: no permission")
+def expression_option(chosen: str = "cases") -> Callable[[F], F]:
+    """Add -k EXPR, which can be read; the command takes it as expression."""
+    return click.option(
+        "-k", "expression", default="", metavar="EXPR", callback=_readable,
+        help=f"Only {chosen} that match, by pytest's rules.",
+    )  # fmt: skip
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write `value` to a file, or to standard output if the path is ``-``.
-
-    Raises:
-        HostError: the file cannot be written.
-    """
-    text = json.dumps(value, indent=2) + "\n"
-    if str(path) == "-":
-        click.echo(text, nl=False)
-        return
+def _readable(ctx: click.Context, param: click.Parameter, value: str) -> str:
     try:
-        path.write_text(text)
-    except OSError as e:
-        raise HostError(f"cannot write {path}: {e.strerror}") from e
+        matcher(value)
+    except ExpressionError as e:
+        raise click.BadParameter(str(e), ctx, param) from None
+    return value

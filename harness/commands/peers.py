@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from harness.errors import HostError
+from harness.host import machine_lock
 from harness.host.bundle import build_images
 from kvm_ioctl.handles import Kvm
 
@@ -84,11 +85,23 @@ def _port(text: str, port: str, *, least: int) -> int:
 
 @contextlib.contextmanager
 def local_kvm() -> Iterator[Kvm]:
-    """Give this machine's KVM, for machines of proxies.
+    """Give this machine's KVM, for machines of proxies, with a share in the machine's lock.
 
-    Raises HostError: there is none, it may not be used, or it refuses something.
+    A share: both ends may be on this machine, several pairs of them too; none measures or judges by
+    what another one could disturb. A run does, so there is none meanwhile, nor any of this during a
+    run.
+
+    Raises HostError: there is none, it may not be used, a run has it, or it refuses something.
     """
     os.environ.setdefault("NSVM_IMAGES", str(build_images()))
+    path, ourselves = machine_lock.local_path(), machine_lock.ourselves()
+    # Nobody knows how long a run takes: it is for the user to wait.
+    with machine_lock.shared_machine_lock(path, ourselves, patience_s=0), _opened_kvm() as kvm:
+        yield kvm
+
+
+@contextlib.contextmanager
+def _opened_kvm() -> Iterator[Kvm]:
     try:
         with Kvm() as kvm:
             yield kvm

@@ -11,7 +11,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from harness.commands.options import host_choice, host_options, require_writable, write_json
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import deliver, json_option, log, print_host, require_writable
 from harness.errors import HostLost
 from harness.host.session import Event, Host, Session
 from harness.probe.kmsg import splats
@@ -49,7 +50,7 @@ _SET_UP_S = 300.0
     help="Who rewrites vmcb12: another vCPU of L1, or a thread of the VM's process.",
 )
 @click.option("--first", is_flag=True, help="Go on to the next field at the first hit.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @host_options
 def command(
     names: tuple[str, ...],
@@ -75,19 +76,12 @@ def command(
         raise click.UsageError("--seconds: a finite number, please")
     fields = [field_named(name).name for name in names] or [row.name for row in FIELDS]
     choice = host_choice(host, kernel, modules)
-    with make_host(choice, log=_log, cpus=CPUS) as where:
+    with make_host(choice, log=log, cpus=CPUS) as where:
         options = {"by": by, "seconds": seconds, "first": first}
         rows = _race_all(where, fields, options)
         report = {"host": where.describe(), "by": by, "seconds_each": seconds, **_sum(rows)}
-    if json_file is not None:
-        write_json(json_file, report)
-    if json_file is None or str(json_file) != "-":
-        _print(report)
+    deliver(json_file, report, lambda: _print(report))
     sys.exit(exit_status([Verdict(report["verdict"])]))
-
-
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
 
 
 def _race_all(where: Host, fields: list[str], options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -109,7 +103,7 @@ def _race(session: Session, field: str, options: dict[str, Any]) -> dict[str, An
     def on_event(event: Event) -> None:
         if event["event"] == "emit" and event["kind"] == "raced":
             data = event["data"]
-            _log(f"{data['field']}: {data['attempts']} attempts, {data['hits']} hits")
+            log(f"{data['field']}: {data['attempts']} attempts, {data['hits']} hits")
 
     result = session.call(
         "harness.race.calls:run",
@@ -183,9 +177,7 @@ def _sum(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _print(report: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    host = report["host"]
-    console.print(f"kernel     {host['kernel_release']}  ({host['kernel_origin']})")
-    console.print(f"host       {host['kind']}: {host['silicon']}")
+    print_host(console, report["host"], 11)
     console.print(f"writer     {report['by']}, {report['seconds_each']:g} s for each field")
     table = Table("field", "attempts", "hits", "per 1000", "")
     for row in report["fields"].values():

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from harness.commands.crosscheck_run import repeat
 from harness.commands.options import host_choice, host_options
+from harness.commands.output import log
 from harness.crosscheck.record import Bundle, read_bundle, steps_in_words, told
 from harness.crosscheck.settings import chosen
 from harness.errors import HostLost
@@ -45,7 +46,7 @@ def command(
     def say(text: str) -> None:
         console.print(text, markup=False)
 
-    with make_host(host_choice(host, kernel, modules), log=_log) as where:
+    with make_host(host_choice(host, kernel, modules), log=log) as where:
         session = where.start()
         release = str(where.describe()["kernel_release"])
         setting = chosen(words, release)
@@ -76,7 +77,3 @@ def _verdict(bundle: Bundle, found: dict[str, Any], complained: bool) -> str:
     names = ("step", "name", "seen")
     recorded = all(difference[name] == bundle.difference.get(name) for name in names)
     return f"{'differs as recorded' if recorded else 'differs'}: {told(difference)}"
-
-
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)

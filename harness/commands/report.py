@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from harness.commands.options import require_writable, write_json
+from harness.commands.output import require_writable, write_json, write_text
 from harness.errors import HostError
 from harness.report.bugs import Bugs
 from harness.report.bugs import load as load_bugs
@@ -111,11 +111,7 @@ def _write_page(
     # Only a page needs the template engine.
     from harness.report.page import render
 
-    page = render(store, lines, load_known_issues(), max_age_s=max_age_s, bugs=bugs)
-    try:
-        output.write_text(page, encoding="utf-8")
-    except OSError as e:
-        raise HostError(f"cannot write {output}: {e.strerror}") from e
+    write_text(output, render(store, lines, load_known_issues(), max_age_s=max_age_s, bugs=bugs))
 
 
 def _say_red(line: Line, max_age_s: float | None) -> bool:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.commands.list import all_scenarios
-from harness.commands.options import host_choice, host_options, require_writable, write_json
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import json_option, log, require_writable, wide_console, write_json
 from harness.report.results import ResultsFile
 from harness.repro import evidence as recorded
 from harness.repro.colour import Colour
@@ -45,7 +46,7 @@ def list_command(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([_plain(one, evidence) for one in table.values()], indent=2))
         return
-    console = _console()
+    console = wide_console()
     shown = Table("name", "claim", "fixed in", "red on", "green on")
     for one in table.values():
         seen = evidence.get(one.name, {})
@@ -81,7 +82,7 @@ def show_command(name: str, as_json: bool) -> None:
 @command.command("run")
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("--all", "every", is_flag=True, help="All reproducers, in place of names.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @click.option("--results", type=click.Path(path_type=Path), metavar="DIR", help="Default: results/")
 @click.option("--timeout", "timeout_s", type=float, metavar="S", help="For every case.")
 @click.option("--unsafe", is_flag=True, help="Also those that may take a local host down.")
@@ -115,20 +116,20 @@ def run_command(
     choice = host_choice(host, kernel, modules)
     with (
         ResultsFile((results or new_directory()) / "results.jsonl") as file,
-        HostPool(choice, fresh=not shared, log=_log) as pool,
+        HostPool(choice, fresh=not shared, log=log) as pool,
     ):
         bench = Bench(
             pool,
             Lab(file, timeout_s),
             _cases(),
             choice.resolved(),
-            make=lambda cpus: make_host(choice, log=_log, cpus=cpus),
+            make=lambda cpus: make_host(choice, log=log, cpus=cpus),
             unsafe=unsafe,
         )
-        console = _console()
+        console = wide_console()
         ran = [_told(console, bench.run(one)) for one in chosen]
         described = _described(pool) or bench.described
-        _log(f"results in {file.path.parent}")
+        log(f"results in {file.path.parent}")
     where = _kernel_name(described, choice)
     if record:
         recorded.record(_evidence(ran, where, described))
@@ -140,10 +141,6 @@ def run_command(
 
 
 # Running
-
-
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
 
 
 def _cases() -> dict[str, Case]:
@@ -185,12 +182,6 @@ def _status(ran: Sequence[Ran]) -> int:
 
 
 # Output
-
-
-def _console() -> Console:
-    terminal = Console(highlight=False)
-    # Where the output is no terminal, names are not to be broken.
-    return terminal if terminal.is_terminal else Console(highlight=False, width=200)
 
 
 def _told(console: Console, ran: Ran) -> Ran:

@@ -14,8 +14,10 @@ import click
 import pytest
 
 import harness.scenarios
-from harness.commands.options import host_choice, host_options
+from harness.commands.options import expression_option, host_choice, host_options
+from harness.commands.output import log
 from harness.errors import NsvmError
+from harness.host.lifeline import end_with_holder
 from harness.report.verdict import BISECT_ABORT, BISECT_SKIP, bisect_status
 from harness.runner.ktap_plugin import KtapPlugin
 from harness.runner.plugin import Plugin
@@ -40,14 +42,24 @@ class _RunCommand(click.Command):
         **extra: object,
     ) -> click.Context:  # fmt: skip
         """Parse the command line; with --exit-style bisect an error in it ends the bisection."""
-        bisects = _BISECT in args or f"--exit-style={_BISECT}" in args
-        try:
+        with _ending_bisections(_BISECT in args or f"--exit-style={_BISECT}" in args):
             return super().make_context(info_name, args, parent, **extra)
-        except click.UsageError as e:
-            if not bisects:
-                raise
-            e.show()
-            sys.exit(BISECT_ABORT)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; options that do not fit together are an error in the command line, too."""
+        with _ending_bisections(ctx.params["exit_style"] == _BISECT):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _ending_bisections(bisects: bool) -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as e:
+        if not bisects:
+            raise
+        e.show()
+        sys.exit(BISECT_ABORT)
 
 
 class _PartType(click.ParamType[Part]):
@@ -65,7 +77,7 @@ class _PartType(click.ParamType[Part]):
 
 @click.command("run", cls=_RunCommand)
 @click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
-@click.option("-k", "expression", default="", metavar="EXPR", help="Only cases that match.")
+@expression_option()
 @click.option(
     "-j",
     "--jobs",
@@ -170,7 +182,7 @@ def _run(
     """Run the cases and say how they ended; return the run with pytest's own status."""
     # pytest takes SystemExit for one more failed test; this ends the run and makes the rest MISS.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    log = lambda text: click.echo(f"nsvm: {text}", err=True)  # noqa: E731
+    end_with_holder()
     to_stdout = _line_writer()
     with redirect_stdout(sys.stderr) if ktap else nullcontext(), Run(options, log) as run:
         plugins: list[object] = [Plugin(run), Selection(run, selection)]

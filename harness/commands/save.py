@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from harness.commands.options import host_choice, host_options, require_writable
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import log, require_writable
 from harness.errors import HostError
 from harness.runner.hosts import make_host
 from harness.storm.calls import unpack
@@ -34,7 +35,7 @@ def command(file: Path, place: str, host: str, kernel: str | None, modules: Path
     """
     require_writable(file)
     choice = host_choice(host, kernel, modules)
-    with make_host(choice, log=lambda text: click.echo(f"nsvm: {text}", err=True)) as where:
+    with make_host(choice, log=log) as where:
         result = where.start().call(
             "harness.storm.calls:depart_from", timeout_s=_TIMEOUT_S, place=place
         )

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from harness.commands.options import host_choice, host_options
+from harness.commands.output import log
 from harness.errors import HostError
 from harness.host.conversation import OPEN_S, Conversation
 from harness.host.session import Event, Host
@@ -69,7 +70,7 @@ def command(
     piped = None if sys.stdin.isatty() else _read_all()
     line_s = timeout_s or (OPEN_S if piped is None else 60.0)
     printer = Printer()
-    with make_host(choice, log=_say) as where:
+    with make_host(choice, log=log) as where:
         session = where.start()
         conversation = Conversation(
             session,
@@ -89,7 +90,7 @@ def command(
                 status = run_all(conversation, piped, line_s)
     taints = new_taints(*conversation.result.tainted) if conversation.result else []
     for taint in taints:
-        _say(f"the host's kernel is tainted: {taint}")
+        log(f"the host's kernel is tainted: {taint}")
     sys.exit(status or int(printer.kernel_complained or bool(taints)))
 
 
@@ -108,10 +109,10 @@ class Printer:
             stream.write(data.get("text", ""))
             stream.flush()
         elif event["event"] == "output":
-            _say(event["text"])
+            log(event["text"])
         elif event["event"] == "kmsg" and splats([event["text"]]):
             self.kernel_complained = True
-            _say(f"kernel log: {event['text']}")
+            log(f"kernel log: {event['text']}")
 
 
 def run_all(conversation: Conversation, source: str, timeout_s: float) -> int:
@@ -220,7 +221,3 @@ def _banner(host: Host) -> str:
         f"{about['kernel_release']} on {about['silicon']}\n"
         "machine, l1, l2, ..., kvm; help() says more, ^D ends"
     )
-
-
-def _say(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)

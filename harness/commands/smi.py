@@ -10,8 +10,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from harness.commands.options import host_choice, host_options, require_writable, write_json
-from harness.commands.storms import log, storm
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import deliver, json_option, log, require_writable
+from harness.commands.storms import storm
 from harness.report.verdict import Verdict, exit_status
 from harness.runner.hosts import make_host
 
@@ -25,7 +26,7 @@ _PER_SMI_S = 5.0
 @click.option("--shadow", is_flag=True, help="Shadow paging for L2 and L3; else nested paging.")
 @click.option("--save-area", is_flag=True, help="Check every save area against what it is of.")
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @host_options
 def command(
     smis: int | None,
@@ -51,10 +52,7 @@ def command(
     options = {"levels": levels, "npt": not shadow, "save_area": save_area, "seed": seed}
     with make_host(host_choice(host, kernel, modules), log=log) as where:
         report = storm(where, _TARGET, smis, "SMIs", "smi", _PER_SMI_S, **options)
-    if json_file is not None:
-        write_json(json_file, report)
-    if json_file is None or str(json_file) != "-":
-        _print(report)
+    deliver(json_file, report, lambda: _print(report))
     sys.exit(exit_status([Verdict(report["verdict"])]))
 
 

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+from harness.commands.output import log, progress_bar
 from harness.host.session import Event, Host
 from harness.probe.kmsg import splats
 
 _BASE_S = 120.0
 _TOLD_EVERY = 100
 """Where nobody sees a bar grow."""
-
-
-def log(text: str) -> None:
-    """Say something beside the report."""
-    click.echo(f"nsvm: {text}", err=True)
 
 
 def storm(
@@ -37,8 +29,7 @@ def storm(
 
     """
     session = where.start()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+    with progress_bar() as progress:
         task = progress.add_task(what, total=count)
 
         def on_event(event: Event) -> None:

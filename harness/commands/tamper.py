@@ -14,10 +14,17 @@ from typing import Any, Final
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from harness.commands.options import host_choice, host_options, require_writable, write_json
+from harness.commands.options import host_choice, host_options
+from harness.commands.output import (
+    deliver,
+    json_option,
+    log,
+    print_host,
+    progress_bar,
+    require_writable,
+)
 from harness.crosscheck.settings import Setting, chosen
 from harness.errors import HostLost
 from harness.host.session import CallResult, Event, Host
@@ -42,7 +49,7 @@ _EMULATED: Final = "emulated"
 @click.option("--kernels", metavar="A,B,...", help="Several, oldest first: where they differ.")
 @click.option("--knobs", "words", multiple=True, metavar="SETTING|KNOB=VALUE",
               help="What the model is like; by default by the kernel's release.")  # fmt: skip
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="'-' is stdout.")
+@json_option
 @host_options
 def command(
     expression: str | None,
@@ -68,21 +75,14 @@ def command(
     wanted = [each.strip() for each in kernels.split(",")] if kernels else [kernel]
     tried = []
     for each in wanted:
-        with make_host(host_choice(host, each, modules), log=_log) as where:
+        with make_host(host_choice(host, each, modules), log=log) as where:
             tried.append(Tried(where, cells, words))
             tried[-1].run()
     across = [
         (one.release, other.release, _compare(cells, one, other)) for one, other in pairwise(tried)
     ]
-    if json_file is not None:
-        write_json(json_file, _plain(tried, across))
-    if json_file is None or str(json_file) != "-":
-        _print(tried, across)
+    deliver(json_file, _plain(tried, across), lambda: _print(tried, across))
     sys.exit(exit_status([each.verdict for each in tried]))
-
-
-def _log(text: str) -> None:
-    click.echo(f"nsvm: {text}", err=True)
 
 
 @dataclass
@@ -130,8 +130,7 @@ class Tried:
     def run(self) -> None:
         """Run all cells; one that takes the host with it is noted, and the next ones are run."""
         started = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        with progress_bar() as progress:
             task = progress.add_task("cells", total=len(self.cells))
             while waiting := [cell for cell in self.cells if cell.name not in self.rows]:
                 self._call(waiting)
@@ -224,9 +223,7 @@ def _print(tried: Sequence[Tried], across: Across) -> None:
 
 
 def _print_one(console: Console, tried: Tried) -> None:
-    host = tried.described
-    console.print(f"kernel     {host['kernel_release']}  ({host['kernel_origin']})")
-    console.print(f"host       {host['kind']}: {host['silicon']}")
+    print_host(console, tried.described, 11)
     console.print(f"model      {tried.setting}")
     console.print(_table(list(tried.rows.values())))
     known = tried.issues

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from harness.fields.rows import EARLY, ENTERED, LATE, STOPPED, TAKEN, Predicted
 from harness.fields.template import area
 from harness.fields.vehicle import Vehicle
+from harness.machine.guest_abi import PAGE_SIZE
 from harness.model.checks import (
     Check,
     apm_violations,
@@ -21,8 +22,6 @@ from harness.model.knobs import Knobs
 from harness.svm.intercepts import Intercept
 from harness.svm.vmcb import MSRPM_SIZE, NestedCtl
 
-_PAGE = 0x1000
-
 
 def predict(vehicle: Vehicle, fields: Mapping[str, int], knobs: Knobs) -> Predicted:
     """Return what a kernel on the vehicle's CPU does with a vmcb12."""
@@ -34,7 +33,7 @@ def predict(vehicle: Vehicle, fields: Mapping[str, int], knobs: Knobs) -> Predic
         knobs,
         facts,
         pdptes=vehicle.pdptes(fields),
-        msrpm_readable=vehicle.has_memory(control.get("msrpm_base_pa", 0) & -_PAGE, MSRPM_SIZE),
+        msrpm_readable=vehicle.has_memory(control.get("msrpm_base_pa", 0) & -PAGE_SIZE, MSRPM_SIZE),
     )
     late += cpu_violations(control, save, facts, facts.silicon)
     stops = () if early or late else _stops(vehicle, control, knobs)
@@ -49,8 +48,8 @@ def predict(vehicle: Vehicle, fields: Mapping[str, int], knobs: Knobs) -> Predic
 def _stops(vehicle: Vehicle, control: Mapping[str, int], knobs: Knobs) -> tuple[str, ...]:
     """Return why L2 does not come back to L1, although all is intercepted that can be."""
     np_enabled = NestedCtl(control.get("nested_ctl", 0)).NP_ENABLE
-    root = control.get("nested_cr3", 0) & -_PAGE
-    if np_enabled and not vehicle.has_memory(root, _PAGE):
+    root = control.get("nested_cr3", 0) & -PAGE_SIZE
+    if np_enabled and not vehicle.has_memory(root, PAGE_SIZE):
         # mmu_check_root() asks for a triple fault before L2 has been entered.
         lost = knobs.triple_fault_in_l2 == "userspace"
         return ("nCR3 without memory",) if lost else ()

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from harness.fields.template import LIMIT, NO_MEMORY, RESERVED, place
+from harness.machine.guest_abi import PAGE_SIZE
 from harness.model.areas import VMCB
 from harness.svm.intercepts import Intercept
 from harness.svm.msrs import Cr0, Cr4, Efer
 from harness.svm.vmcb import IOPM_SIZE, MSRPM_SIZE, EventInj, IntCtl, NestedCtl, SegAttrib
 
 Fields = Mapping[str, int]
-
-_PAGE = 0x1000
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,14 @@ class Cell:
 ADDRESSES: Final[Mapping[str, int]] = {
     "control.iopm_base_pa": IOPM_SIZE,
     "control.msrpm_base_pa": MSRPM_SIZE,
-    "control.nested_cr3": _PAGE,
-    "control.avic_vapic_bar": _PAGE,
-    "control.ghcb_gpa": _PAGE,
-    "control.avic_backing_page": _PAGE,
-    "control.avic_logical_id": _PAGE,
-    "control.avic_physical_id": _PAGE,
-    "control.vmsa_pa": _PAGE,
-    "save.cr3": _PAGE,
+    "control.nested_cr3": PAGE_SIZE,
+    "control.avic_vapic_bar": PAGE_SIZE,
+    "control.ghcb_gpa": PAGE_SIZE,
+    "control.avic_backing_page": PAGE_SIZE,
+    "control.avic_logical_id": PAGE_SIZE,
+    "control.avic_physical_id": PAGE_SIZE,
+    "control.vmsa_pa": PAGE_SIZE,
+    "save.cr3": PAGE_SIZE,
 }
 """Fields that are physical addresses, and how many bytes from there on the CPU uses."""
 
@@ -80,8 +79,8 @@ def _addresses(field: str, old: int) -> Iterator[tuple[str, Fields]]:
     size = ADDRESSES[field]
     yield "unaligned", {field: old | 0xFFF}
     yield "highest legal", {field: LIMIT - size}
-    if size > _PAGE:
-        yield "one page higher", {field: LIMIT - size + _PAGE}
+    if size > PAGE_SIZE:
+        yield "one page higher", {field: LIMIT - size + PAGE_SIZE}
     yield "lowest illegal", {field: LIMIT}
     yield "no memory", {field: NO_MEMORY}
 

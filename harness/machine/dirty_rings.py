@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Final
 
 from harness.machine.errors import MachineError
 from harness.machine.memory import SlotPage
 from kvm_ioctl.capabilities import Cap
 from kvm_ioctl.handles import Vcpu, Vm
-
-DEFAULT_RING_BYTES: Final = 64 << 10
-"""4096 entries (`kvm_dirty_gfn`) per vCPU."""
 
 
 def enable_dirty_rings(vm: Vm, size_bytes: int) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Protocol
 
 from harness.machine.errors import MachineError
@@ -85,18 +84,6 @@ class Gate:
         with self._changed:
             self._condemned = why
             self._changed.notify_all()
-
-    @contextmanager
-    def shut(self, runners: Sequence[Runner], timeout_s: float) -> Iterator[None]:
-        """Close the gate for the time of the `with`, in which no runner is inside.
-
-        Raises MachineError: one does not come out within `timeout_s` seconds.
-        """
-        self.close(runners, timeout_s)
-        try:
-            yield
-        finally:
-            self.open()
 
     def _is_settled(self) -> bool:
         return not self.closed or bool(self._condemned)

@@ -19,6 +19,7 @@ def descend(emit: Callable[..., None], *, level: int, plan: dict[str, Any]) -> d
 
     Raises HostLost: a level died.
     Raises LevelFailed: a deeper level reports an error.
+    Raises LevelWrong: what a deeper level reports is KVM's fault.
     Raises ScenarioFailure: something in this level's own work was not as it must be.
     """
     # Imported where they are needed: an import costs seconds where Python itself is nested.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from harness.errors import HostError, HostLost
+from harness.errors import HostError, HostLost, ScenarioFailure
 from harness.host.session import CallResult, Event
 from harness.nest.guest import Guest, LinuxGuest
 from harness.nest.host_memory import Tell, host_memory
@@ -27,8 +28,16 @@ _HUGE_PAGES: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 TARGET = "harness.nest.levels:descend"
 
 
+_CRASHES: Final = (signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGTRAP)
+"""What ends Python only if the CPU, or memory, is not as it was left."""
+
+
 class LevelFailed(HostError):
     """A level said that something went wrong; which, and what, is in the message."""
+
+
+class LevelWrong(ScenarioFailure):
+    """A level said that KVM did what it must not, or crashed by it."""
 
 
 def boot_level(emit: Emit, level: int, plan: Plan) -> dict[str, Any]:
@@ -36,6 +45,7 @@ def boot_level(emit: Emit, level: int, plan: Plan) -> dict[str, Any]:
 
     Raises HostLost: the level died; a `lost` event says which, with its last console lines.
     Raises LevelFailed: it, or a deeper one, reports an error.
+    Raises LevelWrong: what it, or a deeper one, reports is KVM's fault.
     """
     emit = _one_at_a_time(emit)
     started = time.monotonic()
@@ -171,10 +181,21 @@ def _value(name: str, result: CallResult) -> dict[str, Any]:
         value: dict[str, Any] = result.value
         return value
     if result.outcome == "raise":
-        # What a deeper level reports names its level already.
         kind, message = result.error["type"], result.error["message"]
-        raise LevelFailed(message if kind == "LevelFailed" else f"{name}: {kind}: {message}")
-    raise LevelFailed(f"{name}: the call ended as {result.outcome} {result.raw.get('status', '')}")
+        # What a deeper level reports names its level already.
+        named = kind in (LevelFailed.__name__, LevelWrong.__name__)
+        raise _fault(result.error["bases"])(message if named else f"{name}: {kind}: {message}")
+    status = result.raw.get("status", "")
+    if result.outcome == "died" and status in [-number for number in _CRASHES]:
+        raise LevelWrong(f"{name}: the call crashed, {signal.Signals(-status).name}")
+    raise LevelFailed(f"{name}: the call ended as {result.outcome} {status}".rstrip())
+
+
+def _fault(bases: Sequence[str]) -> type[LevelFailed | LevelWrong]:
+    """Return what to raise for an exception of a deeper level, given the names of its classes."""
+    # Whether a guest hangs or is only slow cannot be told from outside.
+    hung = not {"ProxyTimeout", "VcpuTimeout", "VcpuStuck"}.isdisjoint(bases)
+    return LevelWrong if ScenarioFailure.__name__ in bases and not hung else LevelFailed
 
 
 def _one_at_a_time(emit: Emit) -> Emit:

@@ -91,6 +91,13 @@ class Plan:
         return self.depth + (self.inner is Inner.LINUX)
 
     @property
+    def transcripts(self) -> list[tuple[str, str]]:
+        """Which level reports which transcript: ("L1", "rounds"), ... None of them is empty."""
+        own = [(f"L{number}", "rounds") for number in range(1, self.linux_levels + 1)]
+        has_proxy = self.inner is Inner.PROXY and self.steps
+        return [*own, *([(f"L{self.linux_levels}", "proxy")] if has_proxy else [])]
+
+    @property
     def disturbed(self) -> bool:
         """Whether L1 is migrated, or gets SMIs."""
         return self.moves > 0 or self.smis > 0

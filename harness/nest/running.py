@@ -15,8 +15,9 @@ from harness.machine.linux_pc import SHARED_GPA, LinuxPc
 from harness.machine.pc_run import PcEnd, PcRunner
 from harness.machine.smi_counter import CountedSmi, Way, send_smi
 from harness.nest.payload import INITRD_MEMBER, KERNEL_MEMBER, PARAMETER, Source, members
-from kvm_ioctl.handles import Kvm, Vcpu, Vm
+from kvm_ioctl.handles import Kvm
 from kvm_ioctl.request import ClosedError, KvmError
+from kvm_ioctl.stats import StatsFd
 
 CHANNEL_OPTIONS: Final = "nsvm.channel=ttyS1"
 _STOP_S: Final = 20.0
@@ -111,6 +112,7 @@ class RunningPc:
         """How the machine ended, if it did."""
         self.error: BaseException | None = None
         self._on_end = on_end
+        self._stats = _open_stats(pc)
         self._runner = PcRunner(pc, on_text)
         self._thread = threading.Thread(target=self._run, args=(life_s,), name="pc", daemon=True)
         self._thread.start()
@@ -146,11 +148,10 @@ class RunningPc:
     def counts(self) -> dict[str, int]:
         """Return KVM's statistics of the VM, the vCPUs' added up; empty where there are none."""
         found: Counter[str] = Counter()
-        # Before Linux 5.14 there are none to read; a VM that moves away has none either.
-        with suppress(KvmError, ClosedError, OSError):
-            _add_counts(found, self.pc.vm)
-            for runner in self.pc.vcpus:
-                _add_counts(found, runner.vcpu)
+        # A VM that moved away has none any more.
+        with suppress(ClosedError, OSError):
+            for stats in self._stats:
+                found.update({k: v for k, v in stats.read().items() if isinstance(v, int)})
         return dict(found)
 
     def _run(self, life_s: float) -> None:
@@ -162,11 +163,16 @@ class RunningPc:
             self._on_end()
 
 
-def _add_counts(found: Counter[str], handle: Vm | Vcpu) -> None:
-    with handle.stats() as stats:
-        for name, value in stats.read().items():
-            if isinstance(value, int):
-                found[name] += value
+def _open_stats(pc: LinuxPc) -> list[StatsFd]:
+    """Open KVM's statistics of a VM and its vCPUs; empty before Linux 5.14, which has none.
+
+    To be called while no vCPU runs: KVM_GET_STATS_FD waits for the vCPU's mutex (kvm_vcpu_ioctl),
+    which KVM_RUN holds until there is something for user space; an idle vCPU may have nothing for
+    minutes. What is open can be read at any time (kvm_vcpu_stats_read).
+    """
+    with suppress(KvmError):
+        return [pc.vm.stats(), *(runner.vcpu.stats() for runner in pc.vcpus)]
+    return []
 
 
 def tsc_khz(kvm: Kvm) -> int:

@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from harness.errors import HarnessError
+from harness.machine.guest_abi import PAGE_SIZE
 from harness.probe.interruption import Borrowed
 from harness.probe.kprobes import Kprobes
 from harness.probe.tracefs import TraceEvent, TraceInstance
-
-PAGE_SIZE = 4096
 
 #: The allocator's innermost common function, newest name first: (gfp, order, ...) -> page.
 _ALLOC = ("__alloc_frozen_pages_noprof", "__alloc_pages_noprof", "__alloc_pages",

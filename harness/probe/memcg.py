@@ -25,10 +25,9 @@ import time
 from pathlib import Path
 
 from harness.errors import HostError
+from harness.machine.guest_abi import PAGE_SIZE
 from harness.probe.interruption import Borrowed
 from harness.probe.tracefs import write
-
-PAGE_SIZE = 4096
 
 _MCL_CURRENT = 1  # asm-generic/mman.h
 _libc = ctypes.CDLL(None, use_errno=True)

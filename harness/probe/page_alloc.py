@@ -13,10 +13,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from harness.errors import HarnessError
+from harness.machine.guest_abi import PAGE_SIZE
 from harness.probe.interruption import Borrowed
 from harness.probe.tracefs import TraceEvent, TraceInstance, own_threads
-
-PAGE_SIZE = 4096
 
 #: Where userspace enters KVM; the same names from 5.10 to 7.3.
 _ENTRIES = {"kvm_vcpu_ioctl", "kvm_vm_ioctl", "kvm_dev_ioctl"}

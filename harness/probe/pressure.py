@@ -14,7 +14,6 @@ import os
 import select
 import signal
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from harness.errors import HostError
@@ -58,12 +57,7 @@ class MemoryPressure:
         os.close(answers)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         gc.enable()
         os.close(self._orders)
         os.close(self._answers)

@@ -25,7 +25,6 @@ from harness.proxy.layout import (
     TRAP_STACK_TOP,
     TSS_OFFSET,
     Eoi,
-    proxy_fault,
     proxy_instance,
 )
 from harness.proxy.ops import Op, Policy
@@ -50,7 +49,6 @@ _GDT_16: Final = (0x000F_9B00_0000_FFFF, 0x000F_9300_0000_FFFF)  # GDT_CS16, GDT
 
 PROXY_CR0: Final = Cr0.of(PE=1, MP=1, ET=1, NE=1, WP=1, PG=1)
 PROXY_CR4: Final = Cr4.of(PAE=1, OSFXSR=1, OSXMMEXCPT=1)
-PROXY_EFER: Final = Efer.of(LME=1, LMA=1)
 
 
 @dataclass(frozen=True)
@@ -192,18 +190,10 @@ class Instance:
         """Return a copy of the whole header."""
         return self.memory.read_struct(proxy_instance, self.gpa, self.as_id)
 
-    def last_fault(self) -> proxy_fault:
-        """Return the last exception that was not just counted."""
-        return self.header().fault  # type: ignore[no-any-return]
-
     def counted(self, vector: int) -> int:
         """Return how often a vector was raised."""
         at = proxy_instance.vectors.offset + 4 * vector
         return self.memory.read_int(Gpa(self.gpa + at), 4, self.as_id)
-
-    def counter_gva(self, vector: int) -> int:
-        """Return the address of a vector's counter (4 bytes), for `spin_until`."""
-        return self.gpa + int(proxy_instance.vectors.offset) + 4 * vector
 
     def vector_log(self) -> list[int]:
         """Return the last vectors in order; up to 64, from oldest to newest."""

@@ -103,7 +103,6 @@ class Nesting:
         self.msrs: dict[int, int] = dict.fromkeys(VIRTUAL_MSRS, 0)
         self.inner_pa: int | None = None
         """The VMCB, by the guest's physical address, that it is inside VMRUN for."""
-        self.handled_exits = 0
         self._memory = machine.memory
         self._merged = VmcbView(machine.memory, machine.pages.take())
         self._msrpm = Msrpm(machine.memory, machine.pages.take(MSRPM_SIZE))
@@ -134,9 +133,7 @@ class Nesting:
 
     def handle(self, exit_: VmExit) -> bool:
         """Emulate what caused an exit, or hand it to the guest; False: it is the host's affair."""
-        done = self._handle_inner(exit_) if self.inner_pa is not None else self._handle_own(exit_)
-        self.handled_exits += done
-        return done
+        return self._handle_own(exit_) if self.inner_pa is None else self._handle_inner(exit_)
 
     def _handle_own(self, exit_: VmExit) -> bool:
         if exit_.exit_code == ExitCode.SVM_EXIT_MSR:

@@ -283,11 +283,3 @@ def instruction(name: str) -> Instruction:
     Raises KeyError: no such line.
     """
     return BY_NAME[name]
-
-
-def name_of(opcode: int) -> str:
-    """Return an opcode's name, or its number."""
-    if opcode < len(INSTRUCTIONS):
-        return INSTRUCTIONS[opcode].name
-    known = opcode in Control._value2member_map_
-    return Control(opcode).name if known else f"opcode {opcode:#x}"

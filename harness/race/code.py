@@ -17,7 +17,6 @@ The texts are assembled and compared with the bytes by a test; names in capitals
 
 from __future__ import annotations
 
-import ctypes
 from typing import Final
 
 from harness.svm.vmcb import VMCB_SIZE
@@ -57,8 +56,6 @@ class race_record(CStruct):
 
     _fields_ = (("seq", u64), ("used", u64), ("seen", u64), ("here", u64))
 
-
-assert ctypes.sizeof(race_record) <= RECORD_SIZE - VMCB_SIZE
 
 LOOP: Final = """
 53                     push rbx

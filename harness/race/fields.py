@@ -313,6 +313,3 @@ FIELDS: Final = (
     ),
 )
 """In the order of `nsvm race` without --field: last what has KVM's code patched for its events."""
-
-LOOK_PORT: Final = 0x5F6
-"""Where L2 speaks to userspace, in the ASID's row."""

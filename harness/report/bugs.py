@@ -79,4 +79,4 @@ def load(path: Path) -> Bugs:
     except OSError as e:
         raise HarnessError(f"{path}: {e.strerror}") from e
     except (ValueError, KeyError, TypeError) as e:
-        raise HarnessError(f"{path}: not of nsvm mutants --json: {e!r}") from e
+        raise HarnessError(f"{path}: not of nsvm mutants --json: {type(e).__name__}: {e}") from e

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import HostError
+from harness.report.reproduce import chooses
 from harness.report.results import read_results
 from harness.report.verdict import Verdict, exit_status
 
@@ -24,9 +25,6 @@ MOST_EVIDENCE = 64 << 10
 
 #: A run that has no end yet; none of `exit_status`'s numbers.
 STATUS_UNFINISHED = 3
-
-#: Options of a run of some cases only.
-_CHOOSING = {"-k", "--case", "--part", "--quick", "-m"}
 
 
 class ResultsError(HostError):
@@ -135,8 +133,7 @@ class RunRecord:
     @property
     def is_whole(self) -> bool:
         """Whether no cases were chosen: what a whole run does not have is there no more."""
-        words = {word.partition("=")[0] for word in self.argv}
-        return not (_CHOOSING & words or any(word.endswith(".py") for word in words))
+        return not chooses(self.argv)
 
     @property
     def status(self) -> int:

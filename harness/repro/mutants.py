@@ -89,7 +89,9 @@ class KernelRun:
         except OSError as e:
             raise HarnessError(f"{path}: {e.strerror}") from e
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            raise HarnessError(f"{path}: not what a kernel without the bugs did: {e!r}") from e
+            raise HarnessError(
+                f"{path}: not what a kernel without the bugs did: {type(e).__name__}: {e}"
+            ) from e
         if of != kernel:
             raise HarnessError(f"{path}: is of {of}, not of {kernel}")
         return cls(outcomes, checked or None, peers=seen)

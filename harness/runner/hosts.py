@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-from harness.errors import HostError
+from harness.errors import HostError, HostLost
 from harness.facts import HostView, nested_svm
 from harness.host.session import Host, Session
 from harness.scenarios.case import GUEST_LINUX, GUEST_QEMU
+
+T = TypeVar("T")
 
 #: The kernel that the emulated host boots unless told otherwise.
 DEFAULT_KERNEL = "6.1"
@@ -131,6 +132,22 @@ def _lab_machine(
     return SshHost(find_host(choice.host.removeprefix(SSH), choice.lab), params, log)
 
 
+def on_session(host: Host, use: Callable[[Session], T], log: Callable[[str], None]) -> T:
+    """Return what `use` makes of a session of a host; of a fresh one if the host hangs silently.
+
+    The emulated one hangs now and then, with nothing running at all.
+
+    Raises HostError: the host does not come up, or is lost otherwise, or once more.
+    """
+    try:
+        return use(host.start())
+    except HostLost as e:
+        if not e.silent:
+            raise
+        log(f"{e}; once more")
+    return use(host.start())
+
+
 class HostPool:
     """Sessions by module parameters; a context manager that ends all hosts it started.
 
@@ -153,12 +170,7 @@ class HostPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         # One that cannot be closed must not keep the others open.
         with ExitStack() as stack:
             for host in self._hosts.values():

@@ -20,6 +20,9 @@ from harness.network.shape import LinkShape
 from harness.network.wire import Wire, wire
 from harness.probe.kmsg import splats
 from harness.runner.hosts import SSH, HostChoice, host_name, make_host
+from harness.runner.known_issues import KnownIssue
+from harness.runner.known_issues import load as load_known_issues
+from harness.runner.known_rows import End, known_row
 from harness.storm.relay import EVENT
 
 SAVE_S: Final = 240.0
@@ -45,6 +48,7 @@ class Kernels:
     ) -> None:
         """Prepare the hosts; of `choice`, the lab and the module parameters count."""
         self._choice = choice or HostChoice()
+        self._issues = load_known_issues()
         self.specs = list(specs)
         self._log = log
         self._stack = ExitStack()
@@ -77,6 +81,13 @@ class Kernels:
     def release(self, spec: str) -> str:
         """Return the kernel's release."""
         return str(self._hosts[spec].describe()["kernel_release"])
+
+    def issue(self, row: Row) -> KnownIssue | None:
+        """Return the known issue that explains why a row differs, if one does."""
+        specs = (str(row["from"]), str(row.get("to", row["from"])))
+        described = [self._hosts[spec].describe() for spec in specs]
+        ends = [End(str(said["kernel_release"]), str(said["kind"])) for said in described]
+        return known_row(self._issues, row["place"], ends)
 
     def describe(self) -> list[dict[str, Any]]:
         """Return the hosts' descriptions."""
@@ -127,6 +138,7 @@ def by_file(kernels: Kernels, places: Sequence[str], tell: Tell) -> list[Row]:
             record({**head, "not_given": given["notes"], **answer})
 
     def record(row: Row) -> None:
+        row = _explained(kernels, row)
         with lock:
             rows.append(row)
             tell(row)
@@ -158,10 +170,16 @@ def live(
             places, ways or list(itertools.permutations(kernels.specs, 2))
         ):
             row = {"from": source, "to": target, "place": place, "way": "live"}
-            row |= _one_live(kernels, source, target, place, between)
+            row = _explained(kernels, row | _one_live(kernels, source, target, place, between))
             rows.append(row)
             tell(row)
     return rows
+
+
+def _explained(kernels: Kernels, row: Row) -> Row:
+    """Return a row with the id of the known issue for which it differs, if there is one."""
+    issue = kernels.issue(row) if row["verdict"] == "differs" else None
+    return row if issue is None else {**row, "issue": issue.id}
 
 
 def _one_live(kernels: Kernels, source: str, target: str, place: str, between: Wire | None) -> Row:

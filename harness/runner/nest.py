@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.errors import HostError, HostLost
+from harness.errors import HostError, HostLost, ScenarioFailure
 from harness.facts import HostView, nested_svm
 from harness.host.emulated import EmulatedHost, Hardware
 from harness.host.guest_payload import build_payload
@@ -25,7 +25,6 @@ from harness.runner.hosts import DEFAULT_KERNEL, HostChoice
 TARGET, EXPECTED = "harness.nest.levels:descend", "harness.nest.work:expected"
 _EXPECTED_S = 300.0
 _SILENCE_S = 60.0
-_LAST_LINES = 15
 
 Tell = Callable[[str], None]
 
@@ -46,10 +45,6 @@ class Level:
     def name(self) -> str:
         """As "L1"."""
         return f"L{self.number}"
-
-    def last_lines(self) -> list[str]:
-        """Return the end of its console."""
-        return [line for line in self.console.splitlines() if line.strip()][-_LAST_LINES:]
 
 
 class Tower:
@@ -203,7 +198,7 @@ def judge(
     if taints := new_taints(*result.tainted):
         return Verdict.FAIL, f"L0: the kernel is tainted: {', '.join(taints)}"
     if not _returned(result):
-        failed = "ScenarioFailure" in str(result.error)
+        failed = ScenarioFailure.__name__ in result.error.get("bases", ())
         message = result.error.get("message") or f"the call ended as {result.outcome}"
         return Verdict.FAIL if failed else Verdict.ERROR, message
     for name, report in result.value.items():
@@ -217,6 +212,9 @@ def judge(
             return Verdict.ERROR, f"L1: {what}: {len(seen)} times, not {asked}"
     if sorted(result.value) != [f"L{n}" for n in range(1, plan.linux_levels + 1)]:
         return Verdict.ERROR, f"only {', '.join(sorted(result.value))} reported"
+    for name, kind in plan.transcripts:
+        if not result.value[name].get(kind):
+            return Verdict.ERROR, f"{name}: {kind}: nothing was reported"
     return Verdict.PASS, f"{plan.linux_levels} levels of Linux worked, all transcripts agree"
 
 

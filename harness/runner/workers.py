@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from types import TracebackType
 from typing import Any, Self
 
 from harness.errors import HarnessError, HostUnavailable
@@ -85,12 +84,7 @@ class Workers:
             thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop()
 
     def wait(self, number: int) -> Ran:

@@ -28,7 +28,6 @@ from kvm_ioctl.asm_kvm import kvm_dtable, kvm_regs, kvm_segment
 from kvm_ioctl.exits import HltExit
 
 VM86: Final = "virtual_8086"
-BARE_MODES: Final = ("real", VM86, "protected", "legacy_paging", "pae_paging")
 
 LOW: Final = 0x1_0000
 """Below 1 MiB for real mode; proxies use nothing below 2 MiB but SMRAM and their image."""

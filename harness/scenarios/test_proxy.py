@@ -14,7 +14,7 @@ from harness.proxy.cpu import ProxyTimeout
 from harness.proxy.failure import GuestStopped, ProxyFailure
 from harness.proxy.layout import GDT_TSS, Eoi
 from harness.proxy.level import Level
-from harness.proxy.machine import ProxyMachine
+from harness.proxy.machine import DEFAULT_TIMEOUT_S, ProxyMachine
 from harness.proxy.ops import Op, instruction
 from harness.proxy.paging import Pte
 from harness.proxy.program import (
@@ -52,6 +52,7 @@ from harness.proxy.program import (
 from harness.proxy.vmexit import VmExit
 from harness.scenarios.case import scenario
 from harness.scenarios.context import Context
+from harness.scenarios.l2 import proxy_machine
 from harness.svm.exit_codes import VMEXIT_INVALID, ExitCode
 from harness.svm.msrs import Efer, Msr
 
@@ -120,8 +121,7 @@ SVM_INSTRUCTIONS = ("VMRUN", "VMLOAD", "VMSAVE", "STGI", "CLGI", "INVLPGA")
 
 
 def _machine(context: Context, **options: bool | int) -> ProxyMachine:
-    machine: ProxyMachine = context.enter(ProxyMachine(context.kvm, **options))  # type: ignore[arg-type]
-    return machine
+    return proxy_machine(context, timeout_s=DEFAULT_TIMEOUT_S, **options)
 
 
 def _expect_fault(context: Context, level: Level, op: Op, vector: int, error: int) -> None:

@@ -1,10 +1,3 @@
-import pytest
-from kvm_deadline import process_deadline
+from kvm_deadline import deadline_of_each
 
-DEADLINE_S = 120
-
-
-@pytest.fixture(autouse=True)
-def deadline():
-    with process_deadline(DEADLINE_S):
-        yield
+deadline = deadline_of_each(120)

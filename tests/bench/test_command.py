@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from harness.bench.choose import ExpressionError
 from harness.bench.ratios import Comparison, Pair
 from harness.bench.suite import NAMES, Report
 from harness.commands import bench
 from harness.errors import HostError
+from harness.runner.expression import ExpressionError
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from guest_images import ElfClass, build
 from harness.commands import boot
 from harness.errors import NsvmError
+from harness.host.machine_lock import local_path, machine_lock
 from harness.host.session import CallResult
 from harness.machine.guest_abi import DEBUG_EXIT_PORT
 from harness.machine.loader import raw_image
@@ -152,6 +153,16 @@ def test_a_guest_prints_and_ends_the_command(pc_image):
     assert (status, err) == (41, "")
     assert b"arguments: status=20 and more\n" in out
     assert out.endswith(b"CPUs online: 2\nIPIs: ok\n")
+
+
+@pytest.mark.kvm
+@pytest.mark.usefixtures("local_kvm")
+def test_a_run_that_has_this_machine_is_not_disturbed(pc_image):
+    """Whether the kernel complains is part of the status: this wants the machine for itself."""
+    with machine_lock(local_path(), {"who": "eve@far", "command": "nsvm memory"}):
+        status, out, err = nsvm_boot(pc_image, "--host", "local")
+    said = f"nsvm: in use by eve@far (nsvm memory); lock {local_path()}\n"
+    assert (status, out, err) == (2, b"", said)
 
 
 @pytest.mark.kvm

@@ -90,7 +90,7 @@ def test_a_report_that_could_not_be_written_is_found_out_before_anything_runs(ma
 
 
 def test_a_report_without_permission_is_found_out_before_anything_runs(main, monkeypatch, tmp_path):
-    monkeypatch.setattr("harness.commands.options.os.access", lambda path, mode: False)
+    monkeypatch.setattr("harness.commands.output.os.access", lambda path, mode: False)
     done = main("memory", "--kernel", "no-such-kernel", "--json", tmp_path / "x.json")
     is_one_line(done, f"cannot write {tmp_path / 'x.json'}: no permission")
 

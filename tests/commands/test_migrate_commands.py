@@ -107,3 +107,17 @@ def test_machines_go_from_kernel_to_kernel(tmp_path):
     assert len(rows) == 3 * 4 + 3 * 2
     assert [row for row in rows.values() if row["verdict"] != "works"] == []
     assert done.returncode == 0
+
+
+@pytest.mark.emulated
+def test_what_differs_for_a_known_issue_is_named_and_not_red(tmp_path):
+    """5.10 keeps L1's state where no migration finds it while SMM was entered from L2."""
+    file = tmp_path / "matrix.json"
+    done = nsvm("migrate", "--matrix", "5.10", "--places", "smm-from-l2", "--json", file)
+    [row] = json.loads(file.read_text())["rows"]
+    assert (row["verdict"], row["issue"]) == ("differs", "l1-state-in-smm-does-not-travel")
+    assert "FailEntryExit" in row["why"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "by file: differs (known: l1-state-in-smm-does-not-travel): " in done.stdout
+    assert "* l1-state-in-smm-does-not-travel: Moved in SMM " in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("1 differs, 1 of them known in ")

@@ -7,25 +7,26 @@ from nsvm_process import load_json, nsvm
 
 
 @pytest.mark.emulated
-def test_linux_works_at_every_level_and_leaves_its_consoles(tmp_path):
+@pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_linux_works_at_every_level_and_leaves_its_consoles(tmp_path, vcpus):
     file, consoles = tmp_path / "nest.json", tmp_path / "consoles"
     done = nsvm(
         *("nest", "--depth", 1, "--rounds", 1, "--kernel", "6.1", "--append", "loglevel=5"),
-        *("--json", file, "--consoles", consoles),
+        *("--vcpus", vcpus, "--json", file, "--consoles", consoles),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = load_json(file)
     assert report["verdict"] == "PASS"
     [l1] = [level for level in report["levels"] if level["number"] == 1]
     assert set(l1["stages"]) >= {"entered", "ready", "done"}
-    assert l1["report"]["cpus"] == 1
+    assert l1["report"]["cpus"] == vcpus
     assert len(l1["report"]["rounds"]) == 1
     assert len(l1["report"]["proxy"]) == 24
     before, *_, after = report["memory"]
     assert before["what"] == "entered"
     assert after["sec_pagetables"] > before["sec_pagetables"]
-    # L1 has EFER.SVME set, once its kvm_amd has a VM.
-    assert (before["nested_bytes"], after["nested_bytes"]) == (0, 12288)
+    # L1 has EFER.SVME set on every CPU, once its kvm_amd has a VM.
+    assert (before["nested_bytes"], after["nested_bytes"]) == (0, 12288 * vcpus)
     assert "L1 ready" in done.stderr
     assert "PASS: 1 levels of Linux worked" in done.stdout
     names = {path.name for path in consoles.iterdir()}

@@ -104,7 +104,9 @@ def test_a_host_that_was_silent_is_red(results, tmp_path):
         (["report", "/nowhere", "-o", "/nowhere/page.html"], "no directory /nowhere"),
         (["bisect", "--good", "6.1"], "--bad"),
         (["bisect", "--good", "6.1", "--bad", "7.3"], "-k EXPR or --case ID"),
+        (["bisect", "--good", "6.1", "--bad", "7.3", "-k", "("], "'-k': '(': at column 2"),
         (["run", "--repeat", "0"], "0"),
+        (["run", "-k", "("], "'-k': '(': at column 2"),
     ],
 )
 def test_what_is_wrong_with_the_command_is_said(arguments, says):
@@ -119,6 +121,14 @@ def test_a_wrong_command_line_ends_a_bisection_of_git(style):
     done = nsvm("run", *style, "--no-such-option")
     assert done.returncode == 129
     assert "No such option" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", [["-k", "("], ["--until-fail"], ["--modules", "tree"]])
+def test_so_do_options_that_cannot_be_or_do_not_fit_together(wrong):
+    assert nsvm("run", *wrong).returncode == 2
+    done = nsvm("run", "--exit-style", "bisect", *wrong)
+    assert done.returncode == 129
+    assert "Traceback" not in done.stderr
 
 
 # The kernels in between

@@ -12,6 +12,7 @@ from nsvm_process import Nsvm
 from ssh_server import nsvm_there, ssh_server  # noqa: F401 (a fixture)
 
 from harness.host.bundle import tree_root
+from harness.host.machine_lock import local_path, machine_lock
 
 pytestmark = pytest.mark.kvm
 
@@ -102,6 +103,18 @@ def test_over_a_socket(tmp_path, kind):
 )
 def test_without_a_peer_the_machine_goes_on_here(to, complaint):
     expect_went_on(send(to), complaint)
+
+
+def test_a_run_that_has_this_machine_is_not_disturbed():
+    with machine_lock(local_path(), {"who": "eve@far", "command": "nsvm memory"}):
+        done = send("cat")
+        taken = subprocess.run(
+            shlex.split(receive()), cwd=tree_root(), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=DEADLINE_S,
+        )  # fmt: skip
+    said = f"nsvm: in use by eve@far (nsvm memory); lock {local_path()}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert (taken.returncode, taken.stdout, taken.stderr) == (2, "", said)
 
 
 def test_a_peer_that_dies_with_half_the_machine_leaves_it_here():

@@ -43,7 +43,7 @@ def test_an_expression_chooses_cases(runs):
         (["compare"], "two directories"),
         (["compare", "/nowhere"], "two directories"),
         (["compare", "/nowhere", "/nowhere"], "/nowhere/results.jsonl: No such file"),
-        (["compare", "/nowhere", "/nowhere", "-k", "a b"], "-k a b"),
+        (["compare", "/nowhere", "/nowhere", "-k", "a b"], "'a b': at column 3"),
         (["smi"], "--storm N"),
         (["smi", "--storm", "0"], "0"),
         (["smi", "--storm", "1", "--levels", "4"], "4"),

@@ -1,15 +1,9 @@
 import pytest
-from kvm_deadline import process_deadline
+from kvm_deadline import deadline_of_each
 
 from harness.machine.watchdog import WATCHDOG
 
-DEADLINE_S = 60
-
-
-@pytest.fixture(autouse=True)
-def deadline():
-    with process_deadline(DEADLINE_S):
-        yield
+deadline = deadline_of_each(60)
 
 
 @pytest.fixture
@@ -17,19 +11,6 @@ def watchdog():
     WATCHDOG.install()
     yield WATCHDOG
     WATCHDOG.uninstall()
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    """A function that builds guest images into a cache of this test run."""
-    from guest_images import ElfClass, build
-
-    cache = tmp_path_factory.mktemp("images")
-
-    def get(name, elf_class=ElfClass.ELF64):
-        return build(name, elf_class, cache)
-
-    return get
 
 
 class FakeVm:

@@ -4,6 +4,7 @@ import pytest
 from forged_elf import forge_elf, multiboot_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slots import IgnoresSlots
 
 from harness.machine.entry import ENTRY_AREA
 from harness.machine.errors import ImageError
@@ -138,11 +139,6 @@ def load(data, vm):
         memory.add(0, 4 * MIB)
         with contextlib.suppress(ImageError):
             parse_elf(data).place(memory, [ENTRY_AREA])
-
-
-class IgnoresSlots:
-    def set_user_memory_region(self, *args, **kwargs):
-        pass
 
 
 @settings(deadline=None)

@@ -5,6 +5,7 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slots import IgnoresSlots
 
 from harness.machine.errors import GuestMemoryError
 from harness.machine.guest_abi import report
@@ -120,11 +121,6 @@ def test_structs_are_copied_both_ways(memory):
 
 SIZE = 4 * PAGE_SIZE
 WRITES = st.lists(st.tuples(st.integers(0, SIZE + 10), st.binary(max_size=3 * PAGE_SIZE)))
-
-
-class IgnoresSlots:
-    def set_user_memory_region(self, *args, **kwargs):
-        pass
 
 
 @settings(deadline=None)

@@ -8,6 +8,7 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
+from waiting import wait_until
 
 from harness.errors import HarnessError
 from harness.machine import watchdog as module
@@ -22,14 +23,6 @@ def armed(watchdog, run, timeout_s):
     watch = watchdog.watch(never)
     watchdog.arm(watch, run, timeout_s)
     return watch
-
-
-def wait_until(condition, timeout_s=5.0):
-    """Wait for a condition; one that nothing else wakes us for."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.002)
 
 
 def test_time_up_sets_immediate_exit_and_disarm_clears_it(watchdog):

@@ -102,11 +102,15 @@ def test_a_level_whose_vmm_was_killed_is_an_error(tower):
 
 
 @pytest.mark.parametrize(
-    ("kind", "verdict"), [("ScenarioFailure", Verdict.FAIL), ("HostError", Verdict.ERROR)]
+    ("kind", "base", "verdict"),
+    [
+        ("LevelWrong", "ScenarioFailure", Verdict.FAIL),
+        ("LevelFailed", "HostError", Verdict.ERROR),
+    ],
 )
-def test_who_is_at_fault_decides(tower, kind, verdict):
-    message = f"L2: {kind}: memory is not as it was left"
-    error = {"type": "LevelFailed", "bases": ["LevelFailed", "HostError"], "message": message}
+def test_who_is_at_fault_decides(tower, kind, base, verdict):
+    message = f"L2: {base}: memory is not as it was left"
+    error = {"type": kind, "bases": [kind, base], "message": message}
     assert judge(CallResult("raise", error=error), tower, PLAN, {}) == (verdict, message)
 
 
@@ -135,6 +139,21 @@ def test_progress_is_told_by_level():
     tower.take(emitted("stage", level=1, what="ready", seconds=4.2))
     assert said[0].endswith(" s  L1 ready")
     assert tower.levels[1].stages == {"ready": 4.2}
+
+
+@pytest.mark.parametrize("kind", ["rounds", "proxy"])
+def test_a_transcript_that_nobody_gave_is_an_error(tower, kind):
+    for said in ({}, {kind: []}):
+        report = {name: sums for name, sums in good().items() if name != kind} | said
+        wanted = ENTRIES | ({kind: []} if said else {})
+        verdict, why = judge(returned(L1=report), tower, PLAN, wanted)
+        assert (verdict, why) == (Verdict.ERROR, f"L1: {kind}: nothing was reported")
+
+
+def test_only_the_innermost_level_has_a_proxy(tower):
+    outer = {"rounds": good()["rounds"]}
+    verdict, why = judge(returned(L1=outer, L2=good()), tower, Plan(depth=2), ENTRIES)
+    assert verdict is Verdict.PASS, why
 
 
 def test_too_few_moves_or_smis_are_an_error(tower):

@@ -5,11 +5,13 @@ import os
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harness.errors import HostError, HostLost, ScenarioFailure
+from harness.nest.guest import LinuxGuest
 from harness.nest.payload import Source
 from harness.nest.running import LinuxSpec
 from harness.nest.travelling import TravellingGuest
@@ -62,7 +64,7 @@ def guest(kvm, spec):
 
 def ask(guest, data, size):
     guest._ours.settimeout(20)
-    guest._ours.sendall(data)
+    guest.session._pipe.transmit(data)
     answer = b""
     while len(answer) < size:
         got = guest._ours.recv(size)
@@ -106,6 +108,18 @@ def test_a_process_that_is_killed_is_told(guest):
         guest.session.wait_for("ready", 20)
     with pytest.raises(HostError, match=r"L1: move: .*SIGKILL"):
         guest.move()
+
+
+@pytest.mark.parametrize("make", [LinuxGuest, lambda kvm, *rest: TravellingGuest(*rest)])
+def test_counts_wait_for_no_vcpu(kvm, spec, make):
+    # The second vCPU is inside KVM_RUN, where it waits for INIT until the end.
+    with make(kvm, replace(spec, vcpus=2), lambda text: None) as guest:
+        ask(guest, b"abc\n", 4)
+        started = time.monotonic()
+        before = guest.counts()
+        ask(guest, b"abc\n", 4)
+        assert guest.counts()["exits"] > before["exits"] > 0
+        assert time.monotonic() - started < 5
 
 
 def test_nothing_is_left(kvm, spec):

@@ -2,22 +2,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from kvm_deadline import process_deadline
+from kvm_deadline import deadline_of_each
 
 from harness.network.needs import NetworkView, sch_netem, shaped_links, tun_device
 from harness.network.wire import Shaper, wire
 
 sys.path.append(str(Path(__file__).parent.parent / "migrate"))  # the counting guest
 
-DEADLINE_S = 180
 
 _NEEDS = {Shaper.NETEM: sch_netem, Shaper.PACKETS: tun_device}
 
 
-@pytest.fixture(autouse=True)
-def deadline():
-    with process_deadline(DEADLINE_S):
-        yield
+deadline = deadline_of_each(180)
 
 
 @pytest.fixture(scope="session")

@@ -1,33 +1,20 @@
 import pytest
-from kvm_deadline import process_deadline
+from kvm_deadline import deadline_of_each
+from slots import IgnoresSlots
 
 from harness.machine.addresses import Gpa
 from harness.machine.memory import GuestMemory
 from harness.proxy.paging import PageAllocator
 
-DEADLINE_S = 120
 MEMORY_BYTES = 8 << 20
 
 
-@pytest.fixture(autouse=True)
-def deadline():
-    with process_deadline(DEADLINE_S):
-        yield
-
-
-class SlotsOnly:
-    """A VM that takes slots and does nothing with them."""
-
-    def set_user_memory_region(self, slot, gpa, hva, size, flags=0, as_id=0):
-        pass
-
-    def delete_memory_region(self, slot, as_id=0):
-        pass
+deadline = deadline_of_each(120)
 
 
 @pytest.fixture
 def memory():
-    with GuestMemory(SlotsOnly()) as made:
+    with GuestMemory(IgnoresSlots()) as made:
         made.add(Gpa(0), MEMORY_BYTES)
         yield made
 

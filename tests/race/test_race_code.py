@@ -1,5 +1,6 @@
 """The listings: their bytes are what their text assembles to."""
 
+import ctypes
 import re
 import subprocess
 
@@ -7,7 +8,8 @@ import pytest
 
 from harness.host.compiler import Compiler, CompilerError
 from harness.race import code
-from harness.race.code import assembly, machine_code, race_control
+from harness.race.code import RECORD_SIZE, assembly, machine_code, race_control, race_record
+from harness.svm.vmcb import VMCB_SIZE
 from kvm_ioctl.cstruct import field_names
 
 LISTINGS = {"LOOP": code.LOOP, "WRITER": code.WRITER, "L2": code.L2}
@@ -57,3 +59,7 @@ def test_the_loop_restores_what_its_caller_needs():
     assert machine_code(code.LOOP).endswith(bytes.fromhex("415f415c5bc3"))
     assert machine_code(code.WRITER).startswith(bytes.fromhex("5341544156"))
     assert machine_code(code.WRITER).endswith(bytes.fromhex("415e415c5bc3"))
+
+
+def test_a_record_fits_behind_its_vmcb():
+    assert ctypes.sizeof(race_record) <= RECORD_SIZE - VMCB_SIZE

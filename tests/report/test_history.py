@@ -96,13 +96,27 @@ def test_a_host_that_is_not_heard_of_is_red(lines):
     assert line.why_red(10 * HOUR, now=11.5 * HOUR) == ["no run for 10 hours"]
 
 
-def test_a_run_of_one_case_does_not_make_a_red_line_green(tmp_path):
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["-k", "a"],
+        ["-ka"],
+        ["--case=a"],
+        ["--quick"],
+        ["my/test_own.py"],
+        ["harness/scenarios/test_a.py::a"],
+        ["--repeat", "9", "--until-fail"],
+        ["-m", "quick"],
+        ["--deselect", "b"],
+    ],
+)
+def test_a_run_of_one_case_does_not_make_a_red_line_green(tmp_path, argv):
     with Store(None) as store:
         store.add_results(write_run(tmp_path / "0", [end("a"), end("b", "FAIL", "x")], at=1))
-        store.add_results(write_run(tmp_path / "1", [end("a")], at=2, argv=["-k", "a"]))
+        store.add_results(write_run(tmp_path / "1", [end("a")], at=2, argv=argv))
         [line] = lines_of(store)
         assert line.why_red() == ["of what did not run this time 1 ended in red before"]
-        store.add_results(write_run(tmp_path / "2", [end("a")], at=3))
+        store.add_results(write_run(tmp_path / "2", [end("a")], at=3, argv=["-j2", "--shared"]))
         [line] = lines_of(store)
         assert line.why_red() == []
 

@@ -4,10 +4,10 @@ import errno
 
 import pytest
 
-from harness.errors import HostError
+from harness.errors import HostError, HostLost
 from harness.facts import HostView
 from harness.runner import hosts
-from harness.runner.hosts import HostChoice, HostPool, make_host
+from harness.runner.hosts import HostChoice, HostPool, make_host, on_session
 
 
 class View(HostView):
@@ -167,3 +167,31 @@ def test_all_hosts_are_closed_at_the_end_whatever_happens(pool):
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert [host.closed for host in pool.made] == [True, True]
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_host_that_hangs_silently_is_asked_once_more(times):
+    host, said = FakeHost("emulated", {}), []
+
+    def use(session):
+        if host.starts <= times:
+            raise HostLost("it hangs", silent=True)
+        return session
+
+    if times < 2:
+        assert on_session(host, use, said.append) == f"session {times + 1} of {{}}"
+    else:
+        with pytest.raises(HostLost, match="it hangs"):
+            on_session(host, use, said.append)
+    assert said == ["it hangs; once more"] * min(times, 1)
+
+
+def test_a_host_that_died_is_not_asked_again():
+    host = FakeHost("emulated", {})
+
+    def use(session):
+        raise HostLost("panic")
+
+    with pytest.raises(HostLost, match="panic"):
+        on_session(host, use, lambda text: None)
+    assert host.starts == 1

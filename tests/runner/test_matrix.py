@@ -1,10 +1,15 @@
 """The table of kernels, with sessions that only answer."""
 
+from dataclasses import replace
+from datetime import date
+
 import pytest
 
 from harness.errors import HostLost
 from harness.host.session import CallResult
 from harness.runner import matrix
+from harness.runner.known_issues import KnownIssue
+from harness.runner.known_rows import End, known_row
 from harness.runner.matrix import by_file, verdicts
 
 SAVED = {"stream": "bytes", "pages": 1, "size_bytes": 5, "notes": ["msrs.0x1 not given: why"]}
@@ -12,6 +17,9 @@ WORKS = {"verdict": "works", "why": "", "changed": [], "changed_count": 0, "note
 WARNING = (
     "------------[ cut here ]------------\nWARNING: CPU: 0 PID: 1 at arch/x86/kvm/svm/nested.c:957"
 )
+
+
+ISSUES = [KnownIssue("lost", ("nsvm migrate: l3-*",), "behaviour", "why", "seen", ("5.10",))]
 
 
 class Session:
@@ -43,6 +51,10 @@ class Kernels:
 
     def settle(self):
         self.settled += 1
+
+    def issue(self, row):
+        ends = [End(spec, "emulated") for spec in (row["from"], row.get("to", ""))]
+        return known_row(ISSUES, row["place"], ends)
 
 
 def returned(value, **more):
@@ -94,6 +106,29 @@ def test_what_cannot_be_saved_is_one_row(bases, verdict):
         ("l3-npt", "5.10", verdict, "it broke")
     ]
     assert len(rows) == 7
+
+
+def test_what_differs_for_a_known_issue_of_either_end_is_named():
+    """And nothing else: not another place, not another kernel, not what works."""
+    differs = returned({**WORKS, "verdict": "differs", "why": "saw less"})
+    _, rows = table({"arrive_at": differs}, specs=("5.10", "6.1", "7.3"))
+    named = {(row["place"], row["from"], row["to"]) for row in rows if row.get("issue") == "lost"}
+    assert named == {
+        ("l3-npt", one, other)
+        for one in ("5.10", "6.1", "7.3")
+        for other in ("5.10", "6.1", "7.3")
+        if "5.10" in (one, other)
+    }
+    assert sum("issue" in row for row in rows) == len(named)
+    assert not any("issue" in row for row in table({})[1])
+
+
+def test_an_issue_that_has_expired_explains_nothing():
+    [issue] = ISSUES
+    old = replace(issue, expires=date(2026, 1, 31))
+    ends = [End("5.10.0", "ssh")]
+    assert known_row([old], "l3-npt", ends, date(2026, 1, 31)) is old
+    assert known_row([old], "l3-npt", ends, date(2026, 2, 1)) is None
 
 
 def test_a_host_that_is_lost_is_replaced_and_the_rest_goes_on():

@@ -1,11 +1,11 @@
 """Cases on several hosts at once: who runs what, in which order it is shown, how it ends."""
 
 import threading
-import time
 from collections import Counter
 
 import pytest
 from fake_pool import FakePool, scenario_source
+from waiting import wait_until
 
 from harness.errors import HarnessError, HostError
 from harness.host.session import Cancelled
@@ -69,13 +69,6 @@ class FakeLab:
         if self.stopping.is_set():
             raise Cancelled("the run ends early")
         return Ran(Outcome(Verdict.PASS, name), 0.0)
-
-
-def wait_until(condition):
-    until = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.001)
 
 
 def raises(error):

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -128,3 +129,17 @@ def test_each_is_declared_well(declared):
 def test_names_are_unique():
     names = [declared.name for declared in declared_in_the_tree()]
     assert len(set(names)) == len(names)
+
+
+#: Where a machine is made that no lifecycle moves, and why.
+MOVES_ITSELF = {
+    "l2": "proxy_machine(), which all others use",
+    "twins": "moves one of two itself",
+    "test_smm_memory": "counts what closing a machine gives back",
+}
+
+
+def test_machines_of_proxies_are_made_where_lifecycles_are_known():
+    own = Path(harness.scenarios.__file__).parent
+    makers = {p.stem for p in own.glob("*.py") if re.search(r"\bProxyMachine\(", p.read_text())}
+    assert makers == set(MOVES_ITSELF)

@@ -12,8 +12,8 @@ from harness.host.bundle import tree_root
 ROOT = tree_root()
 READMES = [ROOT / "README.md", *sorted((ROOT / "harness").glob("*/README.md"))]
 
-#: `nsvm ...` in a shell's line, or between backticks; up to a comment, a pipe, or a redirection. One in
-#: parentheses is what a message says.
+#: `nsvm ...` in a shell's line, or between backticks; up to a comment, a pipe, or a redirection.
+#: One in parentheses is what a message says.
 COMMAND = re.compile(r"(?<![\w./(-])nsvm +[a-z][^`|#<>;\n]*")
 
 

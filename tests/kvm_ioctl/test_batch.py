@@ -26,13 +26,18 @@ def how(request, monkeypatch):
     return request.param
 
 
+def pages_of(*values):
+    memory = mmap.mmap(-1, len(values) * PAGE)
+    memory[:] = b"".join(bytes([value]) * PAGE for value in values)
+    return memory
+
+
 def address(memory):
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def test_pages_are_copied_and_no_others(how):
-    here = bytearray(b"".join(bytes([number]) * PAGE for number in range(8)))
-    there = bytearray(b"\xff" * (8 * PAGE))
+    here, there = pages_of(*range(8)), pages_of(*[255] * 8)
     copy_pages(bytes([0b100110, 0, 0, 0, 0, 0, 0, 0]), address(there), address(here))
     assert [there[page * PAGE] for page in range(8)] == [255, 1, 2, 255, 255, 5, 255, 255]
     assert [there[page * PAGE - 1] for page in range(1, 9)] == [255, 1, 2, 255, 255, 5, 255, 255]
@@ -43,8 +48,7 @@ def test_pages_are_copied_and_no_others(how):
 )
 @given(pages=st.sets(st.integers(0, 191)))
 def test_any_pages_of_many_words_are_copied(how, pages):
-    here = bytearray(b"".join(bytes([number]) * PAGE for number in range(192)))
-    there = bytearray(b"\xff" * (192 * PAGE))
+    here, there = pages_of(*range(192)), pages_of(*[255] * 192)
     bits = sum(1 << page for page in pages).to_bytes(24, "little")
     copy_pages(bits, address(there), address(here))
     wanted = [page if page in pages else 255 for page in range(192)]
@@ -60,6 +64,11 @@ def test_no_pages_are_no_pages(how):
 def test_bits_are_whole_words(how):
     with pytest.raises(ValueError, match="9 bytes of bits are no whole words"):
         copy_pages(bytes(9), 0, 0)
+
+
+def test_what_is_copied_to_is_aligned(how):
+    with pytest.raises(ValueError, match="cannot copy to 0x1008, which is no multiple of 16"):
+        copy_pages(bytes(8), 0x1008, 0)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from rich.table import Table
 from harness.commands.crosscheck_run import CrosscheckRun, Plan, Report
 from harness.commands.options import host_choice, host_options
 from harness.commands.output import deliver, json_option, log, print_host, require_writable
-from harness.crosscheck.complaints import COMPLAINTS
+from harness.crosscheck.complaints import COMPLAINTS, DEATHS
 from harness.crosscheck.deviations import DEVIATIONS
 from harness.crosscheck.generator import AREAS
 from harness.crosscheck.hazards import HAZARDS
@@ -139,7 +139,7 @@ def _say_finding(say: Any, bundle: Bundle) -> None:
 def _print_known(console: Console, report: Report) -> None:
     table = Table("known", "met", "what", title=None)
     words = {**HAZARDS, **{each.id: each.what for each in DEVIATIONS}}
-    words |= {each.id: each.what for each in COMPLAINTS}
+    words |= {each.id: each.what for each in (*COMPLAINTS, *DEATHS)}
     for name, count in report.known.most_common():
         table.add_row(name, str(count), words.get(name, ""))
     console.print(table)

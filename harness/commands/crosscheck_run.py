@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from harness.crosscheck.complaints import known_complaint
+from harness.crosscheck.complaints import known_complaint, known_death
 from harness.crosscheck.coverage import Coverage, not_asked
 from harness.crosscheck.generator import sequence
 from harness.crosscheck.notation import sequence_from, to_plain
@@ -136,6 +136,8 @@ class CrosscheckRun:
             if self._tell_splats() or not usable:
                 session = self._host.start()
         self.report.seconds = time.monotonic() - started
+        if self.report.hosts_lost >= _MOST_LOST:
+            self.report.errors.append(f"given up: {self.report.hosts_lost} hosts were lost")
         return self.report
 
     def _ends(self) -> bool:
@@ -244,6 +246,11 @@ class CrosscheckRun:
 
     def _lost(self, error: HostLost) -> None:
         self.report.hosts_lost += 1
+        if known := known_death(error.console, self._sequence()):
+            self.report.known[known.id] += 1
+            self._log(f"sequence {self._next}: {known.id}: {known.what}")
+            self._next += 1
+            return
         if error.silent and self._silent != self._next:
             # The emulation's own kind of hang: the same sequence gets one more try.
             self._silent = self._next

@@ -23,13 +23,13 @@ _MAPPED: Final = (layout.VMCB_A_GPA, layout.VMCB_B_GPA)
 
 @dataclass(frozen=True)
 class Complaint:
-    """A WARN that has a name."""
+    """A WARN, or an oops, that has a name."""
 
     id: str
     what: str
     source: str
     line: str
-    """An expression that is found in the kernel's first line."""
+    """An expression that is found in the first line of what the kernel says, or in its console."""
     provoked_by: Callable[[Operation], bool]
     """Tells an operation without which it would be another one."""
 
@@ -77,6 +77,30 @@ COMPLAINTS: Final = (
     ),
 )
 """All that are known."""
+
+DEATHS: Final = (
+    Complaint(
+        "host-lost-without-nested-mmu",
+        "the host jumps to address 0 after KVM_SET_NESTED_STATE for L2 with nested paging",
+        "svm_set_nested_state() of 5.10 leaves walk_mmu->gva_to_gpa unset, which"
+        " kvm_fetch_guest_virt() calls when KVM decodes or skips an instruction of L2",
+        r"RIP: 0010:0x0\n(?s:.*)\bkvm_fetch_guest_virt\+",
+        _restores_guest_mode,
+    ),
+)
+"""What ends the whole host, by its console; its sequence is as good as done."""
+
+
+def known_death(console: str, operations: Sequence[Operation]) -> Complaint | None:
+    """Return what a host died of in a sequence, or None: a finding."""
+    return next(
+        (
+            each
+            for each in DEATHS
+            if re.search(each.line, console) and any(map(each.provoked_by, operations))
+        ),
+        None,
+    )
 
 
 def known_complaint(lines: Sequence[str], operations: Sequence[Operation]) -> Complaint | None:

@@ -3,7 +3,7 @@
 import pytest
 
 from harness.commands.crosscheck_run import CrosscheckRun, Plan
-from harness.crosscheck.complaints import known_complaint
+from harness.crosscheck.complaints import COMPLAINTS, known_complaint, known_death
 from harness.crosscheck.generator import sequence
 from harness.crosscheck.settings import Setting
 from harness.errors import HostLost
@@ -137,6 +137,49 @@ def test_a_known_complaint_is_counted_and_no_finding():
     report = CrosscheckRun(host, plan, lambda text: None).go(host.start())
     assert report.known["warn-vmcb12-away-at-smi"] == 1
     assert report.verdict is Verdict.PASS
+
+
+OOPS = """\
+BUG: kernel NULL pointer dereference, address: 0000000000000000
+RIP: 0010:0x0
+Call Trace:
+ kvm_fetch_guest_virt+0x50/0xc0 [kvm]
+"""
+
+
+@pytest.mark.parametrize(
+    ("console", "operations", "known"),
+    [
+        (OOPS, [SetNestedState(0x101)], True),
+        (OOPS, [SetNestedState(0x100)], False),
+        (OOPS.replace("0010:0x0", "0010:svm_vcpu_run+0x1/0x2"), [SetNestedState(0x101)], False),
+        (OOPS.replace("kvm_fetch_guest_virt", "kvm_set_msr"), [SetNestedState(0x101)], False),
+        ("", [SetNestedState(0x101)], False),
+    ],
+)
+def test_only_the_death_that_has_a_name_is_known(console, operations, known):
+    assert (known_death(console, operations) is not None) is known
+
+
+def test_a_known_death_is_counted_and_no_finding():
+    one = next(n for n in range(99) if known_death(OOPS, sequence(3, n)) is not None)
+    host = FakeHost({one: HostLost("the kernel panicked", OOPS)})
+    plan = Plan(10 * (one + 2), 3, None, Setting("5.10"))
+    report = CrosscheckRun(host, plan, lambda text: None).go(host.start())
+    assert report.known["host-lost-without-nested-mmu"] == 1
+    assert (report.hosts_lost, host.starts) == (1, 2)
+    assert report.verdict is Verdict.PASS
+    assert report.steps >= plan.steps
+
+
+def test_a_run_that_is_given_up_is_no_pass(monkeypatch):
+    monkeypatch.setattr("harness.commands.crosscheck_run.known_death", lambda *_: COMPLAINTS[0])
+    host = FakeHost({number: HostLost("again", OOPS) for number in range(1, 100)})
+    report = CrosscheckRun(host, Plan(500, 3, None, Setting("5.10")), lambda text: None).go(
+        host.start()
+    )
+    assert report.verdict is Verdict.ERROR
+    assert "given up: 20 hosts were lost" in report.errors
 
 
 def test_a_process_that_dies_is_a_finding():

@@ -14,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from harness.migrate.errors import Cancelled, LinkLost
 
@@ -236,11 +236,14 @@ class FdLink(Link):
             self._ahead_at, self._ahead_end = 0, max(0, count - size)
             count = min(count, size)
             self.received_bytes += count
-            _advance(rest, count)
+            if count == size:
+                del rest[: len(some)]
+            else:
+                _advance(rest, count)
 
     def write_all(self, pieces: Sequence[bytes | bytearray | memoryview], /) -> None:
         """Send all of the bytes of all pieces; see `Link.write`."""
-        rest = [memoryview(piece) for piece in pieces]
+        rest = list(pieces)
         left = sum(map(len, rest))
         deadline = self._deadline()
         while left:
@@ -313,7 +316,7 @@ class FdLink(Link):
                 return
 
 
-def _advance(buffers: list[memoryview], count: int) -> None:
+def _advance(buffers: list[Any], count: int) -> None:
     """Take so many bytes away from the beginning; empty buffers go with them."""
     done = 0
     while done < len(buffers) and count >= len(buffers[done]):
@@ -321,4 +324,4 @@ def _advance(buffers: list[memoryview], count: int) -> None:
         done += 1
     del buffers[:done]
     if count:
-        buffers[0] = buffers[0][count:]
+        buffers[0] = memoryview(buffers[0])[count:]

@@ -87,8 +87,13 @@ class _End:
 
     def take(self, line: str) -> None:
         # Of a connection that broke, the reading thread tells the host.
-        with contextlib.suppress(OSError, binascii.Error):
-            data = base64.b64decode(line)
+        with contextlib.suppress(OSError):
+            try:
+                data = base64.b64decode(line, validate=True)
+            except binascii.Error:
+                # Without what it stands for, nothing after it means anything: both ends lose it.
+                self._socket.shutdown(socket.SHUT_RDWR)
+                return
             if data:
                 self._socket.sendall(data)
             else:

@@ -71,6 +71,17 @@ def test_a_partition_ends_both_directions(between, monkeypatch):
         relay.from_other("")
 
 
+@pytest.mark.parametrize("nonsense", ["no base64", "!", "YQ", "YWI=YQ"])
+def test_nonsense_ends_the_connection_for_both(between, nonsense):
+    ends = Ends(between)
+    with ends.relay as relay:
+        relay.from_one(line(b"so far"))
+        relay.from_one(nonsense)
+        relay.from_one(line(b"not this"))
+        assert all_of(ends.other) == b"so far"
+        assert all_of(ends.one) == b""
+
+
 def test_a_host_that_is_lost_is_somebody_elses_error(between):
     def lose(text):
         raise HostLost("it is gone")

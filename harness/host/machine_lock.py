@@ -63,15 +63,20 @@ def _open_lock(path: Path) -> IO[str]:
 
     /run/lock is sticky: where the kernel protects it (fs.protected_regular), O_CREAT on another
     user's file is refused, so that comes second.
+
+    Raises HostError: it cannot be used.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        with contextlib.suppress(OSError):
-            os.fchmod(fd, 0o666)
-    return open(fd, "r+")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):
+                os.fchmod(fd, 0o666)
+        return open(fd, "r+")
+    except OSError as e:
+        raise HostError(f"lock {path}: {e.strerror}") from e
 
 
 def _lines(lock: IO[str]) -> list[dict[str, Any]]:
@@ -127,11 +132,7 @@ def machine_lock(
     if path in _held:
         yield {}
         return
-    try:
-        lock = _open_lock(path)
-    except OSError as e:
-        raise HostError(f"lock {path}: {e.strerror}") from e
-    with lock:
+    with _open_lock(path) as lock:
         _acquire(path, lock, fcntl.LOCK_EX, replaces, patience_s)
         stale = _owner(lock)
         _write(lock, _ours(owner))
@@ -158,11 +159,7 @@ def shared_machine_lock(
     if path in _held:
         yield
         return
-    try:
-        lock = _open_lock(path)
-    except OSError as e:
-        raise HostError(f"lock {path}: {e.strerror}") from e
-    with lock:
+    with _open_lock(path) as lock:
         _acquire(path, lock, fcntl.LOCK_SH, "", patience_s)
         # One write(2) at the end of the file: nobody's line is lost by another's.
         line = json.dumps({**_ours(owner), _SHARES: True})
